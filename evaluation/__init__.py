@@ -1,0 +1,1 @@
+"""Evaluation: metrics, tasks and the figures of the model card."""
