@@ -1,0 +1,1 @@
+"""Data only: the shape of the model and the modes."""

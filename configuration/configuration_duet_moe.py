@@ -1,0 +1,164 @@
+"""The shape of a Duet-MoE model: a flat, typed record that is checked when it is made.
+
+Defaults describe a model of about 30M parameters that trains on a laptop. Names follow Mixtral where Mixtral has
+the thing; ours are `layer_types`, `num_shared_experts`, `qk_norm` and the two heads' settings.
+This file travels inside saved checkpoints, so it imports only transformers and its flat siblings.
+"""
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+from .modes import BUILT_IN_MODES
+
+
+class DuetMoeConfig(PreTrainedConfig):
+    r"""Configuration of [`DuetMoeModel`] and [`DuetMoeForCausalLM`].
+
+    Args:
+        intermediate_size (`int`): width of one expert's SwiGLU.
+        num_local_experts (`int`): experts per layer.
+        num_experts_per_tok (`int`): experts that answer for a token; a call may override it.
+        num_shared_experts (`int`): experts that answer for every token (0 for Mixtral shapes).
+        layer_types (`list[str]`, *optional*): `"sliding_attention"` or `"full_attention"` per layer; all sliding
+            when not given.
+        sliding_window (`int`): tokens a query of a sliding layer can see, itself included.
+        prefill_chunk_size (`int`): tokens of a long prompt that pass the trunk at a time.
+        qk_norm (`bool`): RMS-normalise queries and keys per attention head.
+        head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
+        plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
+        head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
+        default_mode (`str`): mode that [`Writer`] uses when a call names none.
+
+    Raises:
+        ValueError: on a shape that cannot exist; the message has the bad value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from duet_moe import DuetMoeConfig, DuetMoeForCausalLM
+    >>> config = DuetMoeConfig(vocab_size=97, hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    >>> model = DuetMoeForCausalLM(config)
+    >>> model.config.layer_types
+    ['sliding_attention', 'sliding_attention']
+
+    ```
+    """
+
+    model_type = "duet_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 10_000.0
+    attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 8192
+    hidden_size: int = 384
+    intermediate_size: int = 192
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = 2
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131_072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    rope_parameters: dict | None = None
+
+    layer_types: list[str] | None = None
+    sliding_window: int = 32_768
+    prefill_chunk_size: int = 1024
+    qk_norm: bool = False
+
+    num_local_experts: int = 16
+    num_experts_per_tok: int = 4
+    num_shared_experts: int = 0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.01
+
+    head_intermediate_size: int | None = None
+    plan_size: int = 32
+    head_mix: float = 0.0
+    default_mode: str = "creative"
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["sliding_attention"] * self.num_hidden_layers
+        if self.head_intermediate_size is None:
+            self.head_intermediate_size = self.hidden_size
+        self._check_sizes()
+        self._check_choices()
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        positive = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "sliding_window", "prefill_chunk_size", "num_local_experts",
+            "num_experts_per_tok", "head_intermediate_size", "max_position_embeddings",
+        )  # fmt: skip
+        for name in positive:
+            _require(isinstance(value := getattr(self, name), int) and value >= 1, name, value, "a whole number >= 1")
+        for name in ("num_shared_experts", "plan_size"):
+            _require(isinstance(value := getattr(self, name), int) and value >= 0, name, value, "a whole number >= 0")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"a divisor of num_attention_heads={self.num_attention_heads}",
+        )
+        _require(
+            self.num_experts_per_tok <= self.num_local_experts,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"at most num_local_experts={self.num_local_experts}",
+        )
+
+    def _check_choices(self) -> None:
+        allowed_types = ("sliding_attention", "full_attention")
+        for layer_type in self.layer_types:
+            _require(layer_type in allowed_types, "layer_types", layer_type, f"one of {allowed_types}")
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            "layer_types",
+            self.layer_types,
+            f"a list of num_hidden_layers={self.num_hidden_layers} entries",
+        )
+        _require(0.0 <= self.head_mix <= 1.0, "head_mix", self.head_mix, "between 0 (coherence) and 1 (diversity)")
+        allowed_modes = (*BUILT_IN_MODES, "auto")
+        _require(self.default_mode in allowed_modes, "default_mode", self.default_mode, f"one of {allowed_modes}")
+        _require(not self.tie_word_embeddings, "tie_word_embeddings", True, "False: each head owns its output matrix")
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} is not possible: it must be {allowed}.")
+
+
+__all__ = ["DuetMoeConfig"]

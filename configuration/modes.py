@@ -1,0 +1,107 @@
+"""Modes: named ways to join the two heads and to sample, saved in `generation_config.json`.
+
+`factual` answers greedily from the coherence head; `creative` samples from the diversity head among the tokens that
+the coherence head finds plausible; `hybrid` samples from the geometric mix. Users add their own with `Mode(...)`.
+This file travels inside saved checkpoints, so it imports only the standard library.
+"""
+
+from dataclasses import asdict, dataclass
+
+
+class NotInThisVersionError(RuntimeError):
+    """A documented feature that a later version brings."""
+
+    def __init__(self, feature: str, instead: str):
+        super().__init__(f"{feature} is not in this version. {instead}")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How to join the heads and how to sample.
+
+    Args:
+        name (`str`): what users call it.
+        head_mix (`float`): 0 is the coherence head, 1 the diversity head, between them the geometric mix (rule R3).
+        plausible_min (`float`): forbid tokens whose coherence probability is below this share of the best (rule R1);
+            0 forbids nothing.
+        plan_guidance (`float`): weight of plan guidance (rule R2); 0 is off, and it needs a plan.
+        num_experts_per_tok (`int`, *optional*): active experts; the model's own number when `None`.
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `transformers.GenerationConfig`;
+            `top_k=0`, `top_p=1`, `min_p=0` are off.
+
+    Raises:
+        ValueError: on a value out of range, naming it.
+    """
+
+    name: str
+    head_mix: float = 0.0
+    plausible_min: float = 0.0
+    plan_guidance: float = 0.0
+    num_experts_per_tok: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("head_mix", "plausible_min", "top_p", "min_p"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"Mode {self.name!r}: {field}={getattr(self, field)!r} must be between 0 and 1.")
+        for field in ("temperature", "repetition_penalty"):
+            if not getattr(self, field) > 0.0:
+                raise ValueError(f"Mode {self.name!r}: {field}={getattr(self, field)!r} must be above 0.")
+        if self.plan_guidance < 0 or self.top_k < 0:
+            raise ValueError(f"Mode {self.name!r}: plan_guidance and top_k must not be negative.")
+
+    def forward_kwargs(self) -> dict[str, float | int]:
+        """Return the part that `forward` applies: how the heads are joined and how many experts answer."""
+        names = ("head_mix", "plausible_min", "plan_guidance", "num_experts_per_tok")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def sampling_kwargs(self) -> dict[str, float | int | bool]:
+        """Return the part that `GenerationConfig` holds; sampling settings only where the mode samples."""
+        kwargs: dict[str, float | int | bool] = {
+            "do_sample": self.do_sample,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        if self.do_sample:
+            kwargs |= {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+            kwargs |= {"min_p": self.min_p} if self.min_p else {}
+        return kwargs
+
+
+BUILT_IN_MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("factual", head_mix=0.0),
+        Mode("creative", head_mix=1.0, plausible_min=0.02, do_sample=True, temperature=0.8, min_p=0.05),
+        Mode("hybrid", head_mix=0.5, do_sample=True, temperature=0.7, min_p=0.05),
+    )
+}
+
+
+def resolve_mode(mode: str | Mode, known: dict[str, dict] | None = None) -> Mode:
+    """Return the mode of that name, or the `Mode` itself.
+
+    Args:
+        known (`dict[str, dict]`, *optional*): modes saved with a checkpoint; they win over the built-in ones.
+
+    Raises:
+        ValueError: if no mode has that name.
+        NotInThisVersionError: for `"auto"`.
+    """
+    if isinstance(mode, Mode):
+        return mode
+    modes = BUILT_IN_MODES | {name: Mode(**fields) for name, fields in (known or {}).items()}
+    if mode in modes:
+        return modes[mode]
+    if mode == "auto":
+        raise NotInThisVersionError('mode="auto"', f"Choose one of {sorted(modes)}.")
+    raise ValueError(f"mode={mode!r} is not known: choose one of {sorted(modes)}, or pass a Mode(...) of your own.")
+
+
+def modes_as_dict(modes: dict[str, Mode]) -> dict[str, dict]:
+    """Return the modes as plain data for `generation_config.json`."""
+    return {name: asdict(mode) for name, mode in modes.items()}

@@ -1,0 +1,1 @@
+"""The model: experts, attention, heads, cache, generation and the `Writer`."""

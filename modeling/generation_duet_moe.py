@@ -1,0 +1,199 @@
+"""`generate()` with modes, in every decoding strategy of transformers.
+
+A mode has two parts: what `forward` joins (mix, decode rules, experts), which travels as ordinary model arguments and
+so works for greedy, sampling, beams, prompt-lookup, assisted and streaming; and how to sample. One mode for the whole
+batch sets the library's own sampling; a list of modes, or a `seed`, samples row by row in [`RowSampler`].
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicCache
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .cache import DuetMoeCache
+from .modes import Mode, NotInThisVersionError, resolve_mode
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class RowSampler(LogitsProcessor):
+    """Samples every row by its own mode, so that one batch may hold greedy and free rows.
+
+    A greedy choice over scores with Gumbel noise is a sample (Gumbel-max), so `generate` runs greedily and each row
+    draws from its own generator: a row's text does not depend on its neighbours.
+
+    Args:
+        modes (`list[Mode]`): one per row; only their sampling part is used.
+        seeds (`list[int]`): one per row.
+    """
+
+    def __init__(self, modes: list[Mode], seeds: list[int]):
+        self.modes = modes
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.warpers = [_warpers(mode) for mode in modes]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = []
+        for row, mode in enumerate(self.modes):
+            row_scores = self.warpers[row](input_ids[row : row + 1], scores[row : row + 1])
+            if mode.do_sample:
+                uniform = torch.rand(row_scores.shape, generator=self.generators[row]).to(scores.device)
+                row_scores = row_scores - (-uniform.clamp(min=1e-20).log()).log()
+            rows.append(row_scores)
+        return torch.cat(rows)
+
+
+def _warpers(mode: Mode) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if mode.repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(mode.repetition_penalty))
+    if mode.do_sample:
+        warpers.append(TemperatureLogitsWarper(mode.temperature))
+        if mode.top_k:
+            warpers.append(TopKLogitsWarper(mode.top_k))
+        if mode.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(mode.top_p))
+        if mode.min_p:
+            warpers.append(MinPLogitsWarper(mode.min_p))
+    return warpers
+
+
+class DuetMoeGenerationMixin(GenerationMixin):
+    """Adds `mode`, `seed` and the heads' arguments to `generate`."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        mode: str | Mode | list[str | Mode] | None = None,
+        seed: int | list[int] | None = None,
+        guardrails: object | None = None,
+        **kwargs,
+    ):
+        """Generate as in transformers, in a mode.
+
+        Args:
+            mode (`str`, `Mode` or a list with one per row, *optional*): how to join the heads and how to sample. An
+                argument given beside it (`temperature=`, `head_mix=`, ...) wins over the mode's.
+            seed (`int` or one per row, *optional*): draw row by row from generators of these seeds; an int counts up
+                from row to row. Without it, sampling uses torch's global generator.
+            head_mix, plan, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`.
+
+        Raises:
+            ValueError: if a mode is not known, or `mode`/`seed` have another length than the batch, or `seed` meets
+                beams or several continuations per prompt.
+            NotInThisVersionError: for `mode="auto"` and for `guardrails`.
+        """
+        if guardrails is not None:
+            raise NotInThisVersionError("guardrails=", "Generate without it.")
+        if mode is None and seed is None:
+            return super().generate(inputs, generation_config=generation_config, **kwargs)
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        known = getattr(generation_config, "modes", None) or getattr(self.generation_config, "modes", None)
+        if isinstance(mode, list) or seed is not None:
+            rows = _batch_size(inputs, kwargs)
+            own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
+            modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
+            self._sample_by_row(modes, _seeds(seed, rows), generation_config, kwargs)
+            kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
+        else:
+            chosen = resolve_mode(mode, known)
+            for name, value in chosen.sampling_kwargs().items():
+                setattr(generation_config, name, kwargs.pop(name, value))
+            kwargs = chosen.forward_kwargs() | kwargs
+        for name in set(kwargs) & set(generation_config.to_dict()):
+            setattr(generation_config, name, kwargs.pop(name))
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _sample_by_row(
+        self, modes: list[Mode], seeds: list[int], generation_config: GenerationConfig, kwargs: dict
+    ) -> None:
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.get(name) or getattr(generation_config, name) or 1) != 1:
+                raise ValueError(f"seed= and a list of modes sample row by row, so {name} must be 1: repeat the prompt.")
+        processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, RowSampler(modes, seeds)])
+        generation_config.do_sample = False
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            setattr(generation_config, name, None)
+
+    def prepare_inputs_for_generation(
+        self, *args, on_step: Callable[[object], None] | None = None, **kwargs
+    ) -> dict[str, object]:
+        """As in transformers; `on_step` is called with the model's output at every step and is not passed on."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, *args, **kwargs) -> dict:
+        if (on_step := model_kwargs.get("on_step")) is not None:
+            on_step(outputs)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache and not made.offloading:
+            model_kwargs["past_key_values"] = DuetMoeCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave masks to the model, which builds them from positions for every cache."""
+        return attention_mask
+
+
+def _with(mode: Mode, own: dict) -> Mode:
+    fields = {name: getattr(mode, name) for name in Mode.__dataclass_fields__} | own
+    return Mode(**fields)
+
+
+def _batch_size(inputs: torch.Tensor | None, kwargs: dict) -> int:
+    for tensor in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if tensor is not None:
+            return len(tensor)
+    raise ValueError("generate needs input_ids or inputs_embeds to know how many rows mode= and seed= are for.")
+
+
+def _per_row(value: object, rows: int, name: str, generation_config: GenerationConfig) -> list:
+    if value is None:  # only a seed: the settings that the generation config has
+        own = {field: set_to for field in SAMPLING if (set_to := getattr(generation_config, field, None)) is not None}
+        value = Mode("as configured", **own)
+    if not isinstance(value, list):
+        return [value] * rows
+    if len(value) != rows:
+        raise ValueError(f"{name} has {len(value)} entries for {rows} rows: give one for all, or one for each row.")
+    return value
+
+
+def _seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    if seed is None:
+        return torch.randint(2**31, (rows,)).tolist()
+    if isinstance(seed, int):
+        return [seed + row for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} entries for {rows} rows: give one for all, or one for each row.")
+    return seed
+
+
+def _batched_forward_kwargs(modes: list[Mode], default_experts: int) -> dict[str, object]:
+    """Return `forward`'s arguments for rows of these modes: plain numbers where all agree, else one value per row."""
+    kwargs: dict[str, object] = {}
+    for name in ("head_mix", "plausible_min", "plan_guidance"):
+        values = [getattr(mode, name) for mode in modes]
+        kwargs[name] = values[0] if len(set(values)) == 1 else torch.tensor(values)
+    experts = [mode.num_experts_per_tok or default_experts for mode in modes]
+    kwargs["num_experts_per_tok"] = experts[0] if len(set(experts)) == 1 else torch.tensor(experts)
+    return kwargs

@@ -1,0 +1,232 @@
+"""Duet-MoE: one trunk and two heads.
+
+Decisions: the trunk knows nothing of heads; each head owns its norm and its output matrix; `head_mix` 0 and 1 are
+branches, so the unused head is not computed and factual mode cannot be changed by the diversity head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_duet_moe import DuetMoeConfig
+from .generation_duet_moe import DuetMoeGenerationMixin
+from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
+from .modes import NotInThisVersionError
+from .trunk import DuetMoeModel, DuetMoePreTrainedModel
+
+
+@dataclass
+class DuetMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """What [`DuetMoeForCausalLM`] returns.
+
+    Args:
+        logits (`torch.Tensor` of shape (batch, seq, vocab)): the heads joined by `head_mix` and the decode rules.
+        coherence_logits, diversity_logits (`torch.Tensor` of shape (batch, seq, vocab), *optional*): each head alone,
+            with `output_head_logits=True`.
+    """
+
+    coherence_logits: torch.Tensor | None = None
+    diversity_logits: torch.Tensor | None = None
+
+
+class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
+    """Trunk and two heads.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from duet_moe import DuetMoeConfig, DuetMoeForCausalLM
+    >>> config = DuetMoeConfig(vocab_size=97, hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    >>> model = DuetMoeForCausalLM(config).eval()
+    >>> model(torch.tensor([[5, 6, 7]]), head_mix=0.3, num_experts_per_tok=2).logits.shape
+    torch.Size([1, 3, 97])
+
+    ```
+    """
+
+    _tp_plan = {
+        "coherence_head.unembed": "colwise_gather_output",
+        "diversity_head.unembed": "colwise_gather_output",
+    }
+    _pp_plan = {
+        "coherence_head": (["hidden_states"], ["logits"]),
+        "diversity_head": (["hidden_states"], ["logits"]),
+    }
+
+    def __init__(self, config: DuetMoeConfig):
+        super().__init__(config)
+        self.model = DuetMoeModel(config)
+        self.coherence_head = DuetMoeHead(config)
+        self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
+        self.post_init()
+
+    @classmethod
+    def from_causal_lm(cls, hf_model: PreTrainedModel) -> "DuetMoeForCausalLM":
+        """Turn a model of another family into Duet-MoE; a later version brings it.
+
+        Raises:
+            NotInThisVersionError: always.
+        """
+        raise NotInThisVersionError("Conversion of other models", "Train one with `duet pretrain`, or use duet-mini.")
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.coherence_head.unembed
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.coherence_head.unembed = new_embeddings
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        trainable = self.diversity_head.unembed.weight.requires_grad
+        self.diversity_head.unembed = self._get_resized_lm_head(
+            self.diversity_head.unembed, embeddings.weight.shape[0], mean_resizing=mean_resizing
+        ).requires_grad_(trainable)
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        head_mix: float | torch.Tensor | None = None,
+        num_experts_per_tok: int | torch.Tensor | None = None,
+        plan: torch.Tensor | None = None,
+        plan_guidance: float | torch.Tensor = 0.0,
+        plausible_min: float | torch.Tensor = 0.0,
+        output_head_logits: bool = False,
+        **kwargs,
+    ) -> DuetMoeCausalLMOutput:
+        """Run trunk and heads.
+
+        Args:
+            head_mix (`float` or `torch.Tensor` of shape (batch,) or (batch, seq), *optional*, defaults to the
+                configuration's): 0 is the coherence head, 1 the diversity head, between them the geometric mix.
+            num_experts_per_tok (`int` or `torch.Tensor` of shape (batch,), *optional*): active experts of this call.
+            plan (`torch.Tensor` of shape (batch, plan_size), *optional*): steers the diversity head; zeros are off.
+            plan_guidance (`float` or `torch.Tensor` of shape (batch,)): weight of decode rule R2.
+            plausible_min (`float` or `torch.Tensor` of shape (batch,)): share of decode rule R1, in [0, 1].
+            output_head_logits (`bool`): also return each head's own logits.
+
+        Raises:
+            ValueError: on a mix outside [0, 1], a plan of another width or an impossible number of experts.
+            TypeError: on an argument that this model does not have.
+        """
+        if unknown := kwargs.keys() - TransformersKwargs.__annotations__.keys():
+            raise TypeError(f"{type(self).__name__}.forward does not know the arguments {sorted(unknown)}.")
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_experts_per_tok=num_experts_per_tok,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        head_mix = self._per_token(self.config.head_mix if head_mix is None else head_mix, hidden_states, logits_to_keep)
+        logits, coherence_logits, diversity_logits = self._speak(
+            hidden_states,
+            head_mix,
+            plan,
+            self._per_token(plan_guidance, hidden_states),
+            self._per_token(plausible_min, hidden_states),
+            output_head_logits,
+        )
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if output_router_logits:
+            k = num_experts_per_tok if isinstance(num_experts_per_tok, int) else self.config.num_experts_per_tok
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, self.config.num_local_experts, k, attention_mask
+            )
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return DuetMoeCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            coherence_logits=coherence_logits if output_head_logits else None,
+            diversity_logits=diversity_logits if output_head_logits else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    @staticmethod
+    def _per_token(
+        value: float | list[float] | torch.Tensor, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor = 0
+    ) -> float | torch.Tensor:
+        """Bring a setting in [0, 1] or a weight to a float, or a tensor (batch, 1 or seq, 1)."""
+        if isinstance(value, list):
+            value = torch.tensor(value)
+        if not isinstance(value, torch.Tensor):
+            return float(value)
+        value = value.to(hidden_states.device, torch.float32)
+        if value.ndim == 2 and value.shape[1] > 1:
+            return slice_logits_to_keep(value.unsqueeze(-1), logits_to_keep)
+        return value.reshape(-1, 1, 1)
+
+    def _speak(
+        self,
+        hidden_states: torch.Tensor,
+        head_mix: float | torch.Tensor,
+        plan: torch.Tensor | None,
+        plan_guidance: float | torch.Tensor,
+        plausible_min: float | torch.Tensor,
+        both_heads: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Compute the heads that are needed and join them; returns joined, coherence and diversity logits."""
+        for name, value in (("head_mix", head_mix), ("plausible_min", plausible_min)):
+            if not _everywhere(value, lambda v: (v >= 0) & (v <= 1), when_compiling=True):
+                raise ValueError(f"{name} must be between 0 and 1 everywhere, but it is {value}.")
+        if plan is not None and (plan.ndim != 2 or plan.shape[1] != self.config.plan_size or not plan.shape[1]):
+            raise ValueError(
+                f"plan has shape {tuple(plan.shape)}; this model takes (batch, plan_size={self.config.plan_size})."
+            )
+        has_rule = not _everywhere(plausible_min, lambda v: v == 0)
+        coherence = diversity = None
+        if both_heads or has_rule or not _everywhere(head_mix, lambda v: v == 1):
+            coherence = self.coherence_head(hidden_states)
+        if both_heads or not _everywhere(head_mix, lambda v: v == 0):
+            plan = None if plan is None else plan[:, None]  # (batch, 1, plan_size)
+            diversity = self.diversity_head(hidden_states, plan)
+        guided = diversity
+        if plan is not None and diversity is not None and not _everywhere(plan_guidance, lambda v: v == 0):
+            guided = guide_by_plan(diversity, self.diversity_head(hidden_states), plan_guidance)
+        logits = coherence if guided is None else guided if coherence is None else mix_logits(coherence, guided, head_mix)
+        if has_rule:
+            logits = keep_plausible(logits, coherence, plausible_min)
+        return logits, coherence, diversity
+
+
+def _everywhere(value: float | torch.Tensor, condition: Callable, when_compiling: bool = False) -> bool:
+    """Say whether `condition` holds for a float, or everywhere in a tensor (a host sync, left out under compile)."""
+    if not isinstance(value, torch.Tensor):
+        return bool(condition(value))
+    return when_compiling if torch.compiler.is_compiling() else bool(condition(value).all())
+
+
+__all__ = ["DuetMoeForCausalLM", "DuetMoeModel", "DuetMoePreTrainedModel"]

@@ -1,0 +1,202 @@
+"""The trunk: a pre-norm sparse-MoE decoder without a final norm, which belongs to the heads that read its states.
+
+A long prompt passes in chunks over a bounded cache, so neither masks nor keys grow with it; positions that start again
+without a cache mark packed documents, which do not see each other.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import DuetMoeAttention, attention_masks, packed_document_ids
+from .cache import DuetMoeCache
+from .configuration_duet_moe import DuetMoeConfig
+from .heads import ZeroLinear
+from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
+
+
+class DuetMoeRotaryEmbedding(MixtralRotaryEmbedding):
+    """Cosines and sines for `position_ids`, from the configuration's `rope_parameters` (default, YaRN, ...)."""
+
+
+class DuetMoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention and experts, each behind a norm and a residual connection."""
+
+    def __init__(self, config: DuetMoeConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DuetMoeAttention(config, layer_idx)
+        self.mlp = DuetMoeSparseBlock(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        num_experts_per_tok: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), num_experts_per_tok)
+
+
+class DuetMoePreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving."""
+
+    config: DuetMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DuetMoeDecoderLayer", "DuetMoeHead"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(DuetMoeTopKRouter, index=0),
+        "hidden_states": DuetMoeDecoderLayer,
+        "attentions": DuetMoeAttention,
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library looks for its decorator in this file; ours is in moe.py
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DuetMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DuetMoeTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+
+
+class DuetMoeModel(DuetMoePreTrainedModel):
+    """The trunk: token ids to states, without a final norm, which belongs to the heads."""
+
+    def __init__(self, config: DuetMoeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DuetMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.rotary_emb = DuetMoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=True)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_experts_per_tok: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Run the trunk.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape (batch, positions), *optional*): 0 where a position is padding; a
+                ready mask of shape (batch, 1, queries, keys) is taken as it is.
+            position_ids (`torch.LongTensor` of shape (batch, seq), *optional*): where they start again without a
+                cache, a new document starts, which sees nothing of the one before it.
+            num_experts_per_tok (`int` or `torch.Tensor` of shape (batch,), *optional*): active experts of this call.
+
+        Returns:
+            `last_hidden_state` (batch, seq, hidden), the cache, and what was asked to be recorded.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        num_experts_per_tok = self._checked_top_k(num_experts_per_tok, inputs_embeds.device)
+        if use_cache and past_key_values is None:
+            past_key_values = DuetMoeCache(self.config)
+        length = inputs_embeds.shape[1]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        document_ids = None
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        elif past_key_values is None and attention_mask is None and length > 1:
+            document_ids = packed_document_ids(position_ids)
+        if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
+            attention_mask = None if attention_mask.ndim == 2 else attention_mask
+
+        cache, size = past_key_values, length
+        if self._passes_in_chunks(length, attention_mask, kwargs):
+            size = self.config.prefill_chunk_size
+            cache = DuetMoeCache(self.config) if cache is None else cache
+        pieces = [
+            self._run_layers(
+                inputs_embeds[:, start : start + size],
+                position_ids[:, start : start + size],
+                attention_mask,
+                document_ids,
+                cache,
+                num_experts_per_tok,
+                **kwargs,
+            )
+            for start in range(0, length, size)
+        ]
+        return MoeModelOutputWithPast(
+            last_hidden_state=pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1),
+            past_key_values=past_key_values,
+        )
+
+    def _checked_top_k(self, k: int | list[int] | torch.Tensor | None, device: torch.device) -> int | torch.Tensor | None:
+        if k is None or (isinstance(k, torch.Tensor) and torch.compiler.is_compiling()):
+            return k
+        values = k.tolist() if isinstance(k, torch.Tensor) else k
+        for value in values if isinstance(values, list) else [values]:
+            if not 1 <= value <= self.config.num_local_experts:
+                raise ValueError(
+                    f"num_experts_per_tok={value} is not possible: this model has {self.config.num_local_experts} "
+                    "experts per layer, so choose 1 or more and no more than that."
+                )
+        return torch.tensor(values, device=device) if isinstance(values, list) else values
+
+    def _passes_in_chunks(self, length: int, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
+        recorded = any(kwargs.get(f"output_{name}") for name in self._can_record_outputs)
+        ready_mask = attention_mask is not None and attention_mask.ndim == 4
+        return length > self.config.prefill_chunk_size and not (torch.is_grad_enabled() or recorded or ready_mask)
+
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        num_experts_per_tok: int | torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        masks = attention_masks(self.config, hidden_states, past_key_values, attention_mask, document_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=masks[layer_type],
+                past_key_values=past_key_values,
+                num_experts_per_tok=num_experts_per_tok,
+                **kwargs,
+            )
+        return hidden_states

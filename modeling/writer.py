@@ -1,0 +1,308 @@
+"""Prompt to text: `Writer` wraps a model and its tokenizer for people who want words."""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from duet_moe.configuration.modes import BUILT_IN_MODES, Mode, NotInThisVersionError, resolve_mode
+from duet_moe.modeling.checkpoints import bundled
+from duet_moe.modeling.evidence import Piece, Text, token_evidence
+from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
+from duet_moe.modeling.stepping import Step, decoding_steps
+
+INCOMPLETE = "\ufffd"  # what a tokenizer shows for the first bytes of a character
+
+
+class Writer:
+    """Writes in the modes of a model.
+
+    Example:
+
+    ```python
+    >>> from duet_moe import Writer
+    >>> writer = Writer.load("duet-mini")
+    >>> answer = writer.write("What is the capital of France?", mode="factual", max_new_tokens=24)
+    >>> answer.mode
+    'factual'
+
+    ```
+    """
+
+    def __init__(self, model: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        saved = getattr(model.generation_config, "modes", None) or {}
+        self.modes = BUILT_IN_MODES | {key: Mode(**fields) for key, fields in saved.items()}
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "duet-mini",
+        voice: str | None = None,
+        guardrails: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Writer":
+        """Load a bundled model by name, a folder, or a model of the Hub.
+
+        Args:
+            dtype: float32 on a CPU and bfloat16 elsewhere, when not given.
+            device: a GPU if there is one, when not given.
+
+        Raises:
+            FileNotFoundError: if there is no such model; the message lists the bundled ones.
+            NotInThisVersionError: for `voice` and `guardrails`.
+        """
+        if voice is not None:
+            raise NotInThisVersionError("voice=", "Load the model without it.")
+        if guardrails is not None:
+            raise NotInThisVersionError("guardrails=", "Load the model without it.")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        source = str(name)
+        if not Path(source).is_dir() and "/" not in source:
+            source = str(bundled(source))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = DuetMoeForCausalLM.from_pretrained(source, dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"No model {str(name)!r}: it is neither bundled nor a folder with config.json, weights and tokenizer, "
+                f"nor could it be fetched from the Hub ({str(error).splitlines()[0]})"
+            ) from error
+        return cls(model.to(device), tokenizer, Path(source).name)
+
+    def write(
+        self,
+        prompt: str,
+        mode: str | Mode | None = None,
+        max_new_tokens: int = 160,
+        seed: int | None = None,
+        evidence: bool = True,
+        **generate_kwargs: object,
+    ) -> Text:
+        """Answer `prompt`.
+
+        Args:
+            mode: name or `Mode`; the model's `default_mode` when not given.
+            seed: the same seed gives the same text; drawn and reported when not given.
+            evidence: also report what both heads thought of every token (computes both heads).
+            generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`.
+
+        Raises:
+            ValueError: on an empty prompt, an unknown mode or a setting out of range.
+        """
+        modes = [self._mode(mode)]
+        *_, final = self._run([prompt], modes, [seed], max_new_tokens, evidence, generate_kwargs)
+        return final[0]
+
+    def stream(
+        self,
+        prompt: str,
+        mode: str | Mode | None = None,
+        max_new_tokens: int = 160,
+        seed: int | None = None,
+        evidence: bool = True,
+        **generate_kwargs: object,
+    ) -> Iterator[Piece]:
+        """Yield the answer as it is written; the pieces' texts join to what `write` returns for the same seed.
+
+        Closing the iterator ends the generation at its next token. Arguments and errors as in `write`.
+        """
+        shown, told = 0, 0
+        for (text,) in self._run([prompt], [self._mode(mode)], [seed], max_new_tokens, evidence, generate_kwargs):
+            if len(text.text) > shown or len(text.evidence) > told:
+                yield Piece(text.text[shown:], text.evidence[told:])
+            shown, told = len(text.text), len(text.evidence)
+
+    def compare(
+        self,
+        prompt: str,
+        modes: Sequence[str | Mode] = ("factual", "creative"),
+        max_new_tokens: int = 160,
+        seed: int | None = None,
+        **generate_kwargs: object,
+    ) -> dict[str, Text]:
+        """Answer `prompt` in several modes at once, as one batch; arguments as in `stream_compare`."""
+        *_, final = self.stream_compare(prompt, modes, max_new_tokens, seed, **generate_kwargs)
+        return final
+
+    def stream_compare(
+        self,
+        prompt: str,
+        modes: Sequence[str | Mode] = ("factual", "creative"),
+        max_new_tokens: int = 160,
+        seed: int | None = None,
+        evidence: bool = True,
+        **generate_kwargs: object,
+    ) -> Iterator[dict[str, Text]]:
+        """Yield, after every token, each mode's answer so far; the modes share the prompt and the seed.
+
+        Settings given here apply to the modes that sample: the answer of a greedy mode stays what that mode says. A
+        mode that is named twice gets a number in its key.
+        """
+        chosen = [self._mode(mode) for mode in modes]
+        names = [mode.name for mode in chosen]
+        keys = [
+            name if names.index(name) == i else f"{name} ({names[: i + 1].count(name)})"
+            for i, name in enumerate(names)
+        ]
+        own = {name: generate_kwargs.pop(name) for name in Mode.__dataclass_fields__ if name in generate_kwargs}
+        experts = {"num_experts_per_tok": own["num_experts_per_tok"]} if "num_experts_per_tok" in own else {}
+        chosen = [replace(mode, **(own if mode.do_sample else experts)) for mode in chosen]  # type: ignore[arg-type]
+        seed = _drawn(seed)
+        rows = len(chosen)
+        for texts in self._run([prompt] * rows, chosen, [seed] * rows, max_new_tokens, evidence, generate_kwargs):
+            yield dict(zip(keys, texts, strict=True))
+
+    def brainstorm(
+        self,
+        prompt: str,
+        n: int = 8,
+        mode: str | Mode | None = None,
+        max_new_tokens: int = 80,
+        seed: int | None = None,
+        evidence: bool = False,
+        **generate_kwargs: object,
+    ) -> list[Text]:
+        """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`."""
+        if n < 1:
+            raise ValueError(f"n={n}: ask for at least one idea.")
+        first = _drawn(seed)
+        seeds: list[int | None] = [first + i for i in range(n)]
+        *_, final = self._run(
+            [prompt] * n, [self._mode(mode)] * n, seeds, max_new_tokens, evidence, generate_kwargs
+        )
+        return final
+
+    def route(self, prompt: str) -> None:
+        """Say whether `prompt` asks for invention or for facts; a later version brings it.
+
+        Raises:
+            NotInThisVersionError: always.
+        """
+        raise NotInThisVersionError("route()", f"Choose a mode yourself: {sorted(self.modes)}.")
+
+    def _mode(self, mode: str | Mode | None) -> Mode:
+        known = {name: vars(saved) for name, saved in self.modes.items()}
+        return resolve_mode(mode or self.model.config.default_mode, known)
+
+    def _run(
+        self,
+        prompts: list[str],
+        modes: list[Mode],
+        seeds: list[int | None],
+        max_new_tokens: int,
+        evidence: bool,
+        generate_kwargs: dict[str, object],
+    ) -> Iterator[list[Text]]:
+        """Yield all rows' answers after every step, the last time with their finish reasons."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
+        batch, notes = self._encode(prompts, max_new_tokens)
+        drawn = [_drawn(seed) for seed in seeds]
+        rows = [
+            _Row(self.tokenizer, Text("", mode.name, prompt, seed, notes=note))
+            for mode, prompt, seed, note in zip(modes, prompts, drawn, notes, strict=True)
+        ]
+        steps = decoding_steps(
+            self.model,
+            **batch,
+            mode=modes,
+            seed=drawn,
+            max_new_tokens=max_new_tokens,
+            output_head_logits=evidence,
+            **generate_kwargs,
+        )
+        try:
+            for step in steps:
+                for index, row in enumerate(rows):
+                    row.add(step, index)
+                yield [row.text for row in rows]
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+        yield [row.finished(max_new_tokens) for row in rows]
+
+    def _encode(self, prompts: list[str], max_new_tokens: int) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
+        room = self.model.config.max_position_embeddings - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: this model's context has "
+                f"{self.model.config.max_position_embeddings} tokens."
+            )
+        ids, notes = [], []
+        for prompt in prompts:
+            if not prompt or not prompt.strip():
+                raise ValueError("The prompt is empty: say what to write or ask a question.")
+            encoded = self._chat_ids(prompt)
+            cut = len(encoded) - room
+            notes.append((f"The prompt was too long: its first {cut} tokens were left out.",) if cut > 0 else ())
+            ids.append(encoded[-room:])
+        width = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        batch = {
+            "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in ids]),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+        }
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}, notes
+
+    def _chat_ids(self, prompt: str) -> list[int]:
+        for special in self.tokenizer.all_special_tokens:  # a prompt must not be able to end its own turn
+            prompt = prompt.replace(special, "")
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(prompt)["input_ids"]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class _Row:
+    """One answer while it is being written."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+        self.tokenizer = tokenizer
+        self.text = text
+        self.ended = False
+        self.started = time.perf_counter()
+        self.first_token = 0.0
+
+    def add(self, step: Step, index: int) -> None:
+        if self.ended:
+            return
+        token = int(step.tokens[index])
+        tokens = (*self.text.tokens, token)
+        now = time.perf_counter()
+        if not self.text.tokens:
+            self.first_token = now
+        self.ended = token == self.tokenizer.eos_token_id
+        shown = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not self.ended and shown.endswith(INCOMPLETE):
+            shown = self.text.text
+        added = shown[len(self.text.text) :]
+        evidence = self.text.evidence
+        if step.coherence_logits is not None and step.diversity_logits is not None:
+            evidence += (token_evidence(token, added, step.coherence_logits[index], step.diversity_logits[index]),)
+        self.text = replace(
+            self.text,
+            text=shown,
+            tokens=tokens,
+            evidence=evidence,
+            time_to_first_token=self.first_token - self.started,
+            tokens_per_second=(len(tokens) - 1) / (now - self.first_token) if len(tokens) > 1 else 0.0,
+        )
+
+    def finished(self, max_new_tokens: int) -> Text:
+        reason = "end" if self.ended else "length" if len(self.text.tokens) >= max_new_tokens else "stopped"
+        whole = self.tokenizer.decode(self.text.tokens, skip_special_tokens=True)
+        return replace(self.text, text=whole, finish_reason=reason)
+
+
+def _drawn(seed: int | None) -> int:
+    return secrets.randbelow(2**31) if seed is None else seed
