@@ -1,0 +1,1 @@
+"""Training: corpus, tokenizer, packing, pretraining and supervised fine-tuning."""
