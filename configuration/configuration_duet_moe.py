@@ -103,7 +103,7 @@ class DuetMoeConfig(PreTrainedConfig):
     head_mix: float = 0.0
     default_mode: str = "creative"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: object) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:

@@ -52,8 +52,14 @@ class Mode:
         for field in ("temperature", "repetition_penalty"):
             if not getattr(self, field) > 0.0:
                 raise ValueError(f"Mode {self.name!r}: {field}={getattr(self, field)!r} must be above 0.")
-        if self.plan_guidance < 0 or self.top_k < 0:
-            raise ValueError(f"Mode {self.name!r}: plan_guidance and top_k must not be negative.")
+        for field in ("plan_guidance", "top_k"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"Mode {self.name!r}: {field}={getattr(self, field)!r} must not be negative.")
+        if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
+            raise ValueError(
+                f"Mode {self.name!r}: num_experts_per_tok={self.num_experts_per_tok!r} must be 1 or more, or None for "
+                "the model's own number."
+            )
 
     def forward_kwargs(self) -> dict[str, float | int]:
         """Return the part that `forward` applies: how the heads are joined and how many experts answer."""

@@ -5,8 +5,9 @@ therefore rounded up to a multiple of 64, the overrun being overwritten by the n
 keep a compiled layer in one graph. Selected with `experts_implementation="grouped_cpu"`.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 ROWS = 64
@@ -67,11 +68,11 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return *torch.ops.duet_moe.grouped_linear_backward(grad, *ctx.saved_tensors), None
 
 
@@ -79,7 +80,7 @@ grouped_linear.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def grouped_cpu_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Answer for `hidden_states` (tokens, hidden) by the experts `top_k_index` (tokens, k), in bf16 under autocast."""
     tokens, k = top_k_index.shape

@@ -23,15 +23,11 @@ def heldout_losses(
         max_tokens: a document's later tokens are left out.
     """
     model.eval()
-    return {
-        store.source.name: _store_loss(model, store, documents, max_tokens) for store in stores if len(store)
-    }
+    return {store.source.name: _store_loss(model, store, documents, max_tokens) for store in stores if len(store)}
 
 
-def _store_loss(
-    model: DuetMoeForCausalLM, store: TokenStore, documents: int, max_tokens: int
-) -> dict[str, float]:
-    chosen = np.unique(np.linspace(0, len(store) - 1, documents).astype(int))
+def _store_loss(model: DuetMoeForCausalLM, store: TokenStore, documents: int, max_tokens: int) -> dict[str, float]:
+    chosen = spread(store, documents)
     totals = {"coherence": 0.0, "diversity": 0.0}
     count = 0
     for start in range(0, len(chosen), ROWS):
@@ -51,3 +47,8 @@ def _store_loss(
             logits = getattr(model, f"{name}_head")(hidden)
             totals[name] += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
     return {name: total / max(1, count) for name, total in totals.items()} | {"tokens": count}
+
+
+def spread(store: TokenStore, documents: int) -> np.ndarray:
+    """Return the indices of at most `documents` documents, spread evenly over the store."""
+    return np.unique(np.linspace(0, len(store) - 1, documents).astype(int))

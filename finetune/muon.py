@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": parts})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step from the gradients; parameters without a gradient stay."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -67,8 +67,10 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        step = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
+        grad = parameter.grad
+        assert grad is not None
+        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+        step = grad.lerp(momentum, group["momentum"])  # Nesterov
         *stack, rows, columns = step.shape
         matrices = step.reshape(*stack, group["parts"], rows // group["parts"], columns)
         scale = 0.2 * math.sqrt(max(matrices.shape[-2:]))
@@ -89,7 +91,7 @@ def build_optimizers(
         else:
             groups["fused" if name.endswith("gate_up_proj") else "matrices"].append(parameter)
     muon = [{"params": groups["fused"], "parts": 2}, {"params": groups["matrices"]}]
-    adam = [{"params": groups["tables"]}, {"params": groups["vectors"], "weight_decay": 0.0}]
+    adam: list[dict] = [{"params": groups["tables"]}, {"params": groups["vectors"], "weight_decay": 0.0}]
     return [
         Muon(muon, lr=matrix_lr, weight_decay=weight_decay),
         torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),

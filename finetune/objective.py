@@ -4,6 +4,8 @@ Rows arrive sorted by head, so a head computes its own rows only. The loss over 
 never hold more than `CHUNK` rows of logits, forward and backward together.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,9 +20,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of `features @ weight.T` (rows, hidden) against targets (rows,), in nats."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         dtype = torch.bfloat16 if torch.is_autocast_enabled(features.device.type) else features.dtype
         rows, table = features.to(dtype), weight.to(dtype)
         total = features.new_zeros((), dtype=torch.float32)
@@ -36,7 +36,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         grad_features, grad_weight = ctx.saved_tensors
         features_dtype, weight_dtype = ctx.dtypes
         return (grad_features * grad).to(features_dtype), (grad_weight * grad).to(weight_dtype), None
@@ -102,7 +102,9 @@ class TwoVoicesLoss(nn.Module):
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
-    """Return the load-balance loss of Switch Transformers (Fedus et al. 2021, equation 4), mean over layers; 1 is even.
+    """Return the load-balance loss of Switch Transformers (Fedus et al. 2021, equation 4), mean over layers.
+
+    An even load gives 1.
 
     Args:
         router_logits: one tensor (tokens, experts) per layer.

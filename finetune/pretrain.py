@@ -223,9 +223,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.packer.load_state_dict(
-            json.loads((folder / f"packer-{self.accelerator.process_index}.json").read_text())
-        )
+        self.packer.load_state_dict(json.loads((folder / f"packer-{self.accelerator.process_index}.json").read_text()))
         for name in ("step", "skipped", "tokens", "seconds"):
             setattr(self, name, state[name])
         self._cut_log()
@@ -246,7 +244,7 @@ class Trainer:
             self.model.diversity_head.load_state_dict(self.model.coherence_head.state_dict(), strict=False)
 
     def export(self) -> Path:
-        """Write the model as `out/model` in bf16, loadable by `from_pretrained`, with tokenizer; returns the folder."""
+        """Write the model in bf16 and its tokenizer to `out/model`, for `from_pretrained`; returns that folder."""
         folder, unfinished = self.out / "model", self.out / "unfinished-model"
         self._share_the_head()
         if self.accelerator.is_main_process:
@@ -293,6 +291,7 @@ def pretrain(
     start_from: str | None = None,
     max_steps: int | None = None,
     cache: str | None = None,
+    seed: int | None = None,
 ) -> Path:
     """Train by a recipe and return the folder of the finished model.
 
@@ -303,5 +302,9 @@ def pretrain(
         start_from: bundled name or folder of a model whose weights are the start; the optimiser is fresh.
         max_steps: overrides the recipe's number of steps.
         cache: folder of tokenised text, to share between runs; `out/tokens` when not given.
+        seed: overrides the recipe's.
     """
-    return Trainer(read_recipe(recipe), data, out, start_from, max_steps, cache).run()
+    plan = read_recipe(recipe)
+    if seed is not None:
+        plan["training"]["seed"] = seed
+    return Trainer(plan, data, out, start_from, max_steps, cache).run()

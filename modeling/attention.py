@@ -115,7 +115,8 @@ def _block_mask(seen: torch.Tensor) -> BlockMask:
     def mask_mod(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return seen[batch, 0, query, key]
 
-    return create_block_mask(mask_mod, seen.shape[0], None, *seen.shape[2:], device=seen.device)
+    batch, _, queries, keys = seen.shape
+    return create_block_mask(mask_mod, batch, None, queries, keys, device=seen.device)
 
 
 class DuetMoeAttention(nn.Module):
@@ -145,7 +146,7 @@ class DuetMoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)

@@ -30,7 +30,7 @@ class RingLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values (batch, kv_heads, new, head_dim) and return those that the new tokens may see."""
         if not self.is_initialized:
@@ -103,10 +103,16 @@ class RingLayer(CacheLayerMixin):
         first_needed = max(0, self.cumulative_length - count - self.sliding_window + 1)
         if count and overwritten > first_needed:
             raise ValueError(
-                f"Cannot take back {count} tokens: the ring of {self.capacity} slots has overwritten the window before "
-                "them. Call `activate_past_recording()` on the cache before the tokens are added."
+                f"Cannot take back {count} tokens: the ring of {self.capacity} slots has overwritten the window "
+                "before them. Call `activate_past_recording()` on the cache before the tokens are added."
             )
         self.cumulative_length -= count
+
+    def reset(self) -> None:
+        """Forget everything, and the batch size with it."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

@@ -7,6 +7,7 @@ batch sets the library's own sampling; a list of modes, or a `seed`, samples row
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
@@ -41,7 +42,7 @@ class RowSampler(LogitsProcessor):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.warpers = [_warpers(mode) for mode in modes]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         rows = []
         for row, mode in enumerate(self.modes):
             row_scores = self.warpers[row](input_ids[row : row + 1], scores[row : row + 1])
@@ -78,8 +79,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
         mode: str | Mode | list[str | Mode] | None = None,
         seed: int | list[int] | None = None,
         guardrails: object | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Generate as in transformers, in a mode.
 
         Args:
@@ -105,7 +106,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
             own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
             modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
             self._sample_by_row(modes, _seeds(seed, rows), generation_config, kwargs)
-            kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
+            if mode is not None:
+                kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
         else:
             chosen = resolve_mode(mode, known)
             for name, value in chosen.sampling_kwargs().items():
@@ -120,7 +122,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
     ) -> None:
         for name in ("num_beams", "num_return_sequences"):
             if (kwargs.get(name) or getattr(generation_config, name) or 1) != 1:
-                raise ValueError(f"seed= and a list of modes sample row by row, so {name} must be 1: repeat the prompt.")
+                raise ValueError(
+                    f"seed= and a list of modes sample row by row, so {name} must be 1: repeat the prompt."
+                )
         processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
         kwargs["logits_processor"] = LogitsProcessorList([*processors, RowSampler(modes, seeds)])
         generation_config.do_sample = False
@@ -128,18 +132,20 @@ class DuetMoeGenerationMixin(GenerationMixin):
             setattr(generation_config, name, None)
 
     def prepare_inputs_for_generation(
-        self, *args, on_step: Callable[[object], None] | None = None, **kwargs
+        self, *args: object, on_step: Callable[[object], None] | None = None, **kwargs: object
     ) -> dict[str, object]:
         """As in transformers; `on_step` is called with the model's output at every step and is not passed on."""
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, *args, **kwargs) -> dict:
+    def _update_model_kwargs_for_generation(
+        self, outputs: object, model_kwargs: dict, *args: object, **kwargs: object
+    ) -> dict:
         if (on_step := model_kwargs.get("on_step")) is not None:
             on_step(outputs)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: object, **kwargs: object
     ) -> None:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -150,7 +156,7 @@ class DuetMoeGenerationMixin(GenerationMixin):
                 model_kwargs["past_key_values"].activate_past_recording()
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:
         """Leave masks to the model, which builds them from positions for every cache."""
         return attention_mask
 

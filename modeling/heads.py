@@ -69,14 +69,18 @@ def mix_logits(
     return torch.where(head_mix == 1, diversity_logits, blend)
 
 
-def guide_by_plan(planned_logits: torch.Tensor, plain_logits: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+def guide_by_plan(
+    planned_logits: torch.Tensor, plain_logits: torch.Tensor, weight: float | torch.Tensor
+) -> torch.Tensor:
     """Push away from what the diversity head says without a plan (decode rule R2).
 
     `log p(y|plan) + w * [log p(y|plan) - log p(y|0)]`: classifier-free guidance (Ho & Salimans 2022,
-    arXiv 2207.12598) on logits (..., vocab); `weight` is a float or a tensor of shape (..., 1).
+    arXiv 2207.12598) on logits (..., vocab); `weight` is a float or a tensor of shape (..., 1), where 0 leaves the
+    logits untouched.
     """
     planned = planned_logits.float().log_softmax(-1)
-    return (planned + weight * (planned - plain_logits.float().log_softmax(-1))).to(planned_logits.dtype)
+    guided = (planned + weight * (planned - plain_logits.float().log_softmax(-1))).to(planned_logits.dtype)
+    return torch.where(weight == 0, planned_logits, guided) if isinstance(weight, torch.Tensor) else guided
 
 
 def keep_plausible(
@@ -87,10 +91,7 @@ def keep_plausible(
     Both logits have shape (..., vocab); `plausible_min` is a float in [0, 1] or a tensor of shape (..., 1), where 0
     forbids nothing. The set is min-p's (Nguyen et al. 2024, arXiv 2407.01082), taken from the *other* head.
     """
-    if isinstance(plausible_min, (int, float)):
-        log_min = math.log(plausible_min) if plausible_min > 0 else -math.inf
-    else:
-        log_min = plausible_min.float().log()
+    log_min = torch.as_tensor(plausible_min, dtype=torch.float32, device=logits.device).log()
     scores = coherence_logits.float()
     return logits.masked_fill(scores < scores.amax(-1, keepdim=True) + log_min, -math.inf)
 
@@ -99,5 +100,5 @@ def head_disagreement(coherence_logits: torch.Tensor, diversity_logits: torch.Te
     """Return the Jensen-Shannon divergence of two heads in bits, 0 (equal) to 1 (disjoint); (..., vocab) -> (...)."""
     first, second = (logits.float().log_softmax(-1) for logits in (coherence_logits, diversity_logits))
     middle = torch.logaddexp(first, second) - math.log(2)
-    divergence = sum(F.kl_div(middle, head, log_target=True, reduction="none").sum(-1) for head in (first, second))
-    return (0.5 * divergence / math.log(2)).clamp(0, 1)
+    divergence = [F.kl_div(middle, head, log_target=True, reduction="none").sum(-1) for head in (first, second)]
+    return (0.5 * (divergence[0] + divergence[1]) / math.log(2)).clamp(0, 1)

@@ -111,7 +111,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         plan_guidance: float | torch.Tensor = 0.0,
         plausible_min: float | torch.Tensor = 0.0,
         output_head_logits: bool = False,
-        **kwargs,
+        **kwargs: object,
     ) -> DuetMoeCausalLMOutput:
         """Run trunk and heads.
 
@@ -144,7 +144,9 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        head_mix = self._per_token(self.config.head_mix if head_mix is None else head_mix, hidden_states, logits_to_keep)
+        head_mix = self._per_token(
+            self.config.head_mix if head_mix is None else head_mix, hidden_states, logits_to_keep
+        )
         logits, coherence_logits, diversity_logits = self._speak(
             hidden_states,
             head_mix,
@@ -216,7 +218,9 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         guided = diversity
         if plan is not None and diversity is not None and not _everywhere(plan_guidance, lambda v: v == 0):
             guided = guide_by_plan(diversity, self.diversity_head(hidden_states), plan_guidance)
-        logits = coherence if guided is None else guided if coherence is None else mix_logits(coherence, guided, head_mix)
+        logits = (
+            coherence if guided is None else guided if coherence is None else mix_logits(coherence, guided, head_mix)
+        )
         if has_rule:
             logits = keep_plausible(logits, coherence, plausible_min)
         return logits, coherence, diversity

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -31,7 +32,7 @@ class _Recorder(BaseStreamer):
 
     def on_step(self, outputs: object) -> None:
         heads = (outputs.coherence_logits, outputs.diversity_logits)  # type: ignore[attr-defined]
-        self.logits = tuple(None if logits is None else logits[:, -1] for logits in heads)  # type: ignore[assignment]
+        self.logits = tuple(None if logits is None else logits[:, -1] for logits in heads)
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_is_next:
@@ -51,7 +52,7 @@ class _StopWhenSet(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def decoding_steps(model: DuetMoeForCausalLM, **generate_kwargs: object) -> Iterator[Step]:
+def decoding_steps(model: DuetMoeForCausalLM, **generate_kwargs: Any) -> Iterator[Step]:
     """Yield the steps of `model.generate(**generate_kwargs)`.
 
     Closing the iterator (leaving a `for` loop does it) ends the generation at its next token and waits for it. Errors
@@ -62,9 +63,7 @@ def decoding_steps(model: DuetMoeForCausalLM, **generate_kwargs: object) -> Iter
 
     def run() -> None:
         try:
-            model.generate(
-                streamer=recorder, on_step=recorder.on_step, stopping_criteria=criteria, **generate_kwargs
-            )
+            model.generate(streamer=recorder, on_step=recorder.on_step, stopping_criteria=criteria, **generate_kwargs)
             recorder.steps.put(None)
         except BaseException as error:
             recorder.steps.put(error)

@@ -43,7 +43,7 @@ class DuetMoeDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         num_experts_per_tok: int | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
@@ -104,12 +104,12 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_experts_per_tok: int | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> MoeModelOutputWithPast:
         """Run the trunk.
 
@@ -161,7 +161,9 @@ class DuetMoeModel(DuetMoePreTrainedModel):
             past_key_values=past_key_values,
         )
 
-    def _checked_top_k(self, k: int | list[int] | torch.Tensor | None, device: torch.device) -> int | torch.Tensor | None:
+    def _checked_top_k(
+        self, k: int | list[int] | torch.Tensor | None, device: torch.device
+    ) -> int | torch.Tensor | None:
         if k is None or (isinstance(k, torch.Tensor) and torch.compiler.is_compiling()):
             return k
         values = k.tolist() if isinstance(k, torch.Tensor) else k
@@ -186,7 +188,7 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         document_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         num_experts_per_tok: int | torch.Tensor | None,
-        **kwargs,
+        **kwargs: object,
     ) -> torch.Tensor:
         masks = attention_masks(self.config, hidden_states, past_key_values, attention_mask, document_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

@@ -3,8 +3,9 @@
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from duet_moe.modeling.evidence import Piece, Text, token_evidence
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 from duet_moe.modeling.stepping import Step, decoding_steps
 
-INCOMPLETE = "\ufffd"  # what a tokenizer shows for the first bytes of a character
+INCOMPLETE = "\ufffd"  # what a tokenizer shows for the first bytes of a character; they wait for the others
 
 
 class Writer:
@@ -85,7 +86,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
-        **generate_kwargs: object,
+        **generate_kwargs: Any,
     ) -> Text:
         """Answer `prompt`.
 
@@ -109,7 +110,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
-        **generate_kwargs: object,
+        **generate_kwargs: Any,
     ) -> Iterator[Piece]:
         """Yield the answer as it is written; the pieces' texts join to what `write` returns for the same seed.
 
@@ -127,7 +128,7 @@ class Writer:
         modes: Sequence[str | Mode] = ("factual", "creative"),
         max_new_tokens: int = 160,
         seed: int | None = None,
-        **generate_kwargs: object,
+        **generate_kwargs: Any,
     ) -> dict[str, Text]:
         """Answer `prompt` in several modes at once, as one batch; arguments as in `stream_compare`."""
         *_, final = self.stream_compare(prompt, modes, max_new_tokens, seed, **generate_kwargs)
@@ -140,7 +141,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
-        **generate_kwargs: object,
+        **generate_kwargs: Any,
     ) -> Iterator[dict[str, Text]]:
         """Yield, after every token, each mode's answer so far; the modes share the prompt and the seed.
 
@@ -155,7 +156,7 @@ class Writer:
         ]
         own = {name: generate_kwargs.pop(name) for name in Mode.__dataclass_fields__ if name in generate_kwargs}
         experts = {"num_experts_per_tok": own["num_experts_per_tok"]} if "num_experts_per_tok" in own else {}
-        chosen = [replace(mode, **(own if mode.do_sample else experts)) for mode in chosen]  # type: ignore[arg-type]
+        chosen = [replace(mode, **(own if mode.do_sample else experts)) for mode in chosen]
         seed = _drawn(seed)
         rows = len(chosen)
         for texts in self._run([prompt] * rows, chosen, [seed] * rows, max_new_tokens, evidence, generate_kwargs):
@@ -169,16 +170,27 @@ class Writer:
         max_new_tokens: int = 80,
         seed: int | None = None,
         evidence: bool = False,
-        **generate_kwargs: object,
+        **generate_kwargs: Any,
     ) -> list[Text]:
         """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`."""
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
+        return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, **generate_kwargs)
+
+    def write_batch(
+        self,
+        prompts: Sequence[str],
+        mode: str | Mode | None = None,
+        max_new_tokens: int = 160,
+        seed: int | None = None,
+        evidence: bool = False,
+        **generate_kwargs: Any,
+    ) -> list[Text]:
+        """Answer several prompts as one batch, with seeds that count up; arguments and errors as in `write`."""
         first = _drawn(seed)
-        seeds: list[int | None] = [first + i for i in range(n)]
-        *_, final = self._run(
-            [prompt] * n, [self._mode(mode)] * n, seeds, max_new_tokens, evidence, generate_kwargs
-        )
+        seeds: list[int | None] = [first + i for i in range(len(prompts))]
+        modes = [self._mode(mode)] * len(prompts)
+        *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, generate_kwargs)
         return final
 
     def route(self, prompt: str) -> None:
@@ -190,7 +202,7 @@ class Writer:
         raise NotInThisVersionError("route()", f"Choose a mode yourself: {sorted(self.modes)}.")
 
     def _mode(self, mode: str | Mode | None) -> Mode:
-        known = {name: vars(saved) for name, saved in self.modes.items()}
+        known = {name: asdict(saved) for name, saved in self.modes.items()}
         return resolve_mode(mode or self.model.config.default_mode, known)
 
     def _run(
@@ -200,7 +212,7 @@ class Writer:
         seeds: list[int | None],
         max_new_tokens: int,
         evidence: bool,
-        generate_kwargs: dict[str, object],
+        generate_kwargs: dict[str, Any],
     ) -> Iterator[list[Text]]:
         """Yield all rows' answers after every step, the last time with their finish reasons."""
         if max_new_tokens < 1:
@@ -229,18 +241,22 @@ class Writer:
             steps.close()  # type: ignore[attr-defined]
         yield [row.finished(max_new_tokens) for row in rows]
 
-    def _encode(self, prompts: list[str], max_new_tokens: int) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
+    def _encode(
+        self, prompts: list[str], max_new_tokens: int
+    ) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
         room = self.model.config.max_position_embeddings - max_new_tokens
         if room < 1:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} leaves no room for a prompt: this model's context has "
                 f"{self.model.config.max_position_embeddings} tokens."
             )
-        ids, notes = [], []
+        ids: list[list[int]] = []
+        notes: list[tuple[str, ...]] = []
         for prompt in prompts:
-            if not prompt or not prompt.strip():
+            said = self._without_special_tokens(prompt or "")
+            if not said.strip():
                 raise ValueError("The prompt is empty: say what to write or ask a question.")
-            encoded = self._chat_ids(prompt)
+            encoded = self._chat_ids(said)
             cut = len(encoded) - room
             notes.append((f"The prompt was too long: its first {cut} tokens were left out.",) if cut > 0 else ())
             ids.append(encoded[-room:])
@@ -252,9 +268,14 @@ class Writer:
         }
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}, notes
 
+    def _without_special_tokens(self, prompt: str) -> str:
+        """Take out what would end the prompt's own turn, also where taking out one such token joins another."""
+        while found := [special for special in self.tokenizer.all_special_tokens if special in prompt]:
+            for special in found:
+                prompt = prompt.replace(special, "")
+        return prompt
+
     def _chat_ids(self, prompt: str) -> list[int]:
-        for special in self.tokenizer.all_special_tokens:  # a prompt must not be able to end its own turn
-            prompt = prompt.replace(special, "")
         if not self.tokenizer.chat_template:
             return self.tokenizer(prompt)["input_ids"]
         text = self.tokenizer.apply_chat_template(
@@ -282,9 +303,7 @@ class _Row:
         if not self.text.tokens:
             self.first_token = now
         self.ended = token == self.tokenizer.eos_token_id
-        shown = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if not self.ended and shown.endswith(INCOMPLETE):
-            shown = self.text.text
+        shown = self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip(INCOMPLETE)
         added = shown[len(self.text.text) :]
         evidence = self.text.evidence
         if step.coherence_logits is not None and step.diversity_logits is not None:
@@ -300,8 +319,7 @@ class _Row:
 
     def finished(self, max_new_tokens: int) -> Text:
         reason = "end" if self.ended else "length" if len(self.text.tokens) >= max_new_tokens else "stopped"
-        whole = self.tokenizer.decode(self.text.tokens, skip_special_tokens=True)
-        return replace(self.text, text=whole, finish_reason=reason)
+        return replace(self.text, finish_reason=reason)
 
 
 def _drawn(seed: int | None) -> int:

@@ -1,0 +1,92 @@
+"""Prefill and decode with very long prompts on a tiny model: time, peak memory and cache bytes per length.
+
+    python benchmarks/long_context.py
+
+Each length runs in a process of its own, so that peak memory is its own. A result file with hardware and versions goes
+to `benchmarks/results/`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LENGTHS = (16_384, 32_768, 65_536, 131_072)
+WINDOW = 4096
+DECODED = 64
+
+
+def measure(length: int) -> dict[str, float]:
+    """Return seconds, MiB and cache bytes of a prompt of `length` tokens and 64 decoded ones."""
+    import torch
+
+    from duet_moe import DuetMoeConfig, DuetMoeForCausalLM
+
+    torch.manual_seed(0)
+    config = DuetMoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
+    )  # fmt: skip
+    model = DuetMoeForCausalLM(config).eval()
+    prompt = torch.randint(6, 97, (1, length))
+    with torch.no_grad():
+        model(prompt[:, :2048], use_cache=True, logits_to_keep=1)  # warm up
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.perf_counter()
+        outputs = model(prompt, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - started
+        cache = outputs.past_key_values
+        started = time.perf_counter()
+        for _ in range(DECODED):
+            token = outputs.logits[:, -1:].argmax(-1)
+            outputs = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        decode = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    storage = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+    return {
+        "tokens": length,
+        "prefill_seconds": round(prefill, 2),
+        "decode_ms_per_token": round(1000 * decode / DECODED, 2),
+        "peak_mib_above_warm_up": round((peak - before) / 1024, 1),
+        "cache_bytes": storage,
+    }
+
+
+def main() -> None:
+    """Measure all lengths and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, help="measure one length in this process")
+    arguments = parser.parse_args()
+    if arguments.length:
+        print(json.dumps(measure(arguments.length)))
+        return
+    import torch
+    import transformers
+
+    rows = []
+    for length in LENGTHS:
+        command = [sys.executable, __file__, "--length", str(length)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        rows.append(json.loads(run.stdout.splitlines()[-1]))
+        growth = f"{rows[-1]['prefill_seconds'] / rows[-2]['prefill_seconds']:.2f}x" if len(rows) > 1 else "-"
+        print(rows[-1] | {"growth": growth}, flush=True)
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "window": WINDOW,
+        "rows": rows,
+    }
+    out = Path(__file__).parent / "results" / "long_context.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
