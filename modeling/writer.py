@@ -313,6 +313,7 @@ class _Row:
             text=shown,
             tokens=tokens,
             evidence=evidence,
+            finish_reason="end" if self.ended else "running",
             time_to_first_token=self.first_token - self.started,
             tokens_per_second=(len(tokens) - 1) / (now - self.first_token) if len(tokens) > 1 else 0.0,
         )
