@@ -6,7 +6,8 @@ Exit status 0 is success, 1 a failure, 2 wrong use. Heavy imports happen inside 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 LATER = {
     "convert": "turn a model of another family into Duet-MoE",
@@ -175,8 +176,8 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from duet_moe.finetune.pretrain import pretrain
-
+    with _extra("finetune"):
+        from duet_moe.finetune.pretrain import pretrain
     folder = pretrain(
         arguments.recipe,
         arguments.data,
@@ -190,11 +191,18 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _space(arguments: argparse.Namespace) -> int | None:
-    try:
+    with _extra("space"):
         from duet_moe.space.app import main as serve
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"The Space needs {error.name}: pip install 'duet-moe[space]'") from error
     return serve(arguments.extra)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Explain a missing library by the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"This needs {error.name}: pip install 'duet-moe[{name}]'") from error
 
 
 def _later(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase
 
@@ -157,7 +157,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         self._share_the_head()
-        losses = heldout_losses(self.model, self.heldout, self.settings.eval_documents, self.settings.seq_len)
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            losses = heldout_losses(self.model, self.heldout, self.settings.eval_documents, self.settings.seq_len)
         self.model.train()
         row = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds), "heldout": losses}
         with open(self.out / "heldout.jsonl", "a") as file:
@@ -272,7 +273,9 @@ def _accelerator(precision: str) -> Accelerator:
         device = Accelerator().device
         precision = "bf16" if has_fast_bf16(device) else "no"
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision)
+    # a step leaves out what it does not teach: the plan's projection, or the second head
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
 
 
 def _checkpoint_folder(name: str | Path) -> Path:
