@@ -5,6 +5,7 @@ Exit status 0 is success, 1 a failure, 2 wrong use. Heavy imports happen inside 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,7 +188,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         arguments.cache,
         arguments.seed,
     )
-    print(f"The model is in {folder}")
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every process comes here
+        print(f"The model is in {folder}")
 
 
 def _space(arguments: argparse.Namespace) -> int | None:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
@@ -60,16 +59,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(source or _tokenizer_folder(recipe.get("tokenizer", "duet-mini")))
         self.model = self._build_model(source)
         train, self.heldout = self._read_corpus(data, cache or self.out / "tokens")
-        self.packer = Packer(
-            train,
-            batch_size=self.settings.batch_size,
-            seq_len=self.settings.seq_len,
-            seed=self.settings.seed,
-            coherence_rows=self.settings.coherence_rows,
-            response_only=self.settings.response_only,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+        self.packer = self._build_packer(train)
         optimizers = build_optimizers(
             self.model, self.settings.matrix_lr, self.settings.lr, self.settings.weight_decay
         )
@@ -97,6 +87,22 @@ class Trainer:
     def _read_corpus(self, data: str | Path, cache: str | Path) -> tuple[list, list]:
         with self.accelerator.main_process_first():
             return encode_corpus(read_sources(self.recipe), data, self.tokenizer, cache)
+
+    def _build_packer(self, train: list) -> Packer:
+        world, rows = self.accelerator.num_processes, self.settings.batch_size
+        if rows % world:
+            raise ValueError(f"training.batch_size is {rows}; it must be a multiple of the {world} processes.")
+        coherence_rows = self.settings.coherence_rows
+        return Packer(
+            train,
+            batch_size=rows // world,
+            seq_len=self.settings.seq_len,
+            seed=self.settings.seed,
+            coherence_rows=None if coherence_rows is None else coherence_rows // world,
+            response_only=self.settings.response_only,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
 
     def run(self) -> Path:
         """Train to the last step, going on from the newest checkpoint if there is one; returns the model's folder."""
@@ -269,13 +275,13 @@ def save_model(model: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, fo
 
 
 def _accelerator(precision: str) -> Accelerator:
+    on_cpu = not torch.cuda.is_available()
     if precision == "auto":
-        device = Accelerator().device
-        precision = "bf16" if has_fast_bf16(device) else "no"
-        AcceleratorState._reset_state()
+        precision = "bf16" if has_fast_bf16(torch.device("cpu" if on_cpu else "cuda")) else "no"
     # a step leaves out what it does not teach: the plan's projection, or the second head
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    # without cpu=True, processes on a machine without a GPU would not find each other
+    return Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[unused])
 
 
 def _checkpoint_folder(name: str | Path) -> Path:

@@ -15,7 +15,7 @@ class TrainingSettings:
 
     Args:
         steps (`int`): optimiser steps; the cosine ends here.
-        batch_size (`int`): packed rows of `seq_len` tokens per step and process.
+        batch_size (`int`): packed rows of `seq_len` tokens per step, over all processes.
         coherence_rows (`int`, *optional*): how many of them teach the coherence head; by weight when not given.
         one_head (`bool`): teach a single head that shares its matrix with the embedding; both voices start as its
             copies when the run ends.
