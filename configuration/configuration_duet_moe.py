@@ -23,7 +23,7 @@ class DuetMoeConfig(PreTrainedConfig):
         layer_types (`list[str]`, *optional*): `"sliding_attention"` or `"full_attention"` per layer; all sliding
             when not given.
         sliding_window (`int`): tokens a query of a sliding layer can see, itself included.
-        prefill_chunk_size (`int`): tokens of a long prompt that pass the trunk at a time.
+        prompt_chunk_size (`int`): tokens of a long prompt that pass the trunk at a time.
         qk_norm (`bool`): RMS-normalise queries and keys per attention head.
         head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
@@ -89,7 +89,7 @@ class DuetMoeConfig(PreTrainedConfig):
 
     layer_types: list[str] | None = None
     sliding_window: int = 32_768
-    prefill_chunk_size: int = 1024
+    prompt_chunk_size: int = 1024
     qk_norm: bool = False
 
     num_local_experts: int = 16
@@ -119,7 +119,7 @@ class DuetMoeConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         positive = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "sliding_window", "prefill_chunk_size", "num_local_experts",
+            "num_key_value_heads", "head_dim", "sliding_window", "prompt_chunk_size", "num_local_experts",
             "num_experts_per_tok", "head_intermediate_size", "max_position_embeddings",
         )  # fmt: skip
         for name in positive:

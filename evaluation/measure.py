@@ -60,6 +60,8 @@ def fact_accuracy(
     sets = {"held_out_wordings": heldout, "new_templates": evaluation_questions(FACT_TASK, known)}
     scores: dict[str, dict[str, float]] = {}
     for name, questions in sets.items():
+        if not questions:
+            continue
         step = max(1, len(questions) // limit)
         asked = questions[::step][:limit]
         scores[name] = {"questions": float(len(asked))}

@@ -10,7 +10,11 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +113,8 @@ class Trainer:
         self._resume()
         self._write_recipe()
         last_saved = last_evaluated = time.monotonic()
-        with Progress(self.settings.steps, self.step, show=self.accelerator.is_main_process) as progress:
+        shown = Progress(self.settings.steps, self.step, show=self.accelerator.is_main_process)
+        with shown as progress, sigterm_interrupts():
             try:
                 while self.step < self.settings.steps:
                     row = self._train_step()
@@ -269,9 +274,25 @@ def save_model(model: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, fo
     copy = DuetMoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
-    copy.config.auto_map = {"AutoModel": "modeling_duet_moe.DuetMoeModel"}
     copy.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Treat the stop that schedulers send as one that a person typed (signals reach the main thread only)."""
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _accelerator(precision: str) -> Accelerator:

@@ -97,6 +97,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
         """
         if guardrails is not None:
             raise NotInThisVersionError("guardrails=", "Generate without it.")
+        for name in ("head_mix", "num_experts_per_tok"):  # only tensors are repeated for beams
+            if isinstance(kwargs.get(name), list):
+                kwargs[name] = torch.tensor(kwargs[name])
         if mode is None and seed is None:
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
@@ -132,10 +135,14 @@ class DuetMoeGenerationMixin(GenerationMixin):
             setattr(generation_config, name, None)
 
     def prepare_inputs_for_generation(
-        self, *args: object, on_step: Callable[[object], None] | None = None, **kwargs: object
+        self,
+        *args: object,
+        inputs_embeds: torch.Tensor | None = None,
+        on_step: Callable[[object], None] | None = None,
+        **kwargs: object,
     ) -> dict[str, object]:
         """As in transformers; `on_step` is called with the model's output at every step and is not passed on."""
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: object, model_kwargs: dict, *args: object, **kwargs: object

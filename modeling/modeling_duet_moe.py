@@ -66,6 +66,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         self.model = DuetMoeModel(config)
         self.coherence_head = DuetMoeHead(config)
         self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
+        self.generation_config.do_sample = False  # said aloud, or `pipeline` samples in every mode
+        self.generation_config._from_model_config = False  # or a saved one is loaded without its modes
         self.post_init()
 
     @classmethod
@@ -187,6 +189,10 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         if not isinstance(value, torch.Tensor):
             return float(value)
         value = value.to(hidden_states.device, torch.float32)
+        if value.ndim and len(value) not in (1, len(hidden_states)):
+            raise ValueError(
+                f"{len(value)} values were given for a batch of {len(hidden_states)} rows: give one for each."
+            )
         if value.ndim == 2 and value.shape[1] > 1:
             return slice_logits_to_keep(value.unsqueeze(-1), logits_to_keep)
         return value.reshape(-1, 1, 1)
@@ -218,9 +224,10 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         guided = diversity
         if plan is not None and diversity is not None and not _everywhere(plan_guidance, lambda v: v == 0):
             guided = guide_by_plan(diversity, self.diversity_head(hidden_states), plan_guidance)
-        logits = (
-            coherence if guided is None else guided if coherence is None else mix_logits(coherence, guided, head_mix)
-        )
+        if coherence is None or guided is None:
+            logits = guided if coherence is None else coherence
+        else:
+            logits = mix_logits(coherence, guided, head_mix)
         if has_rule:
             logits = keep_plausible(logits, coherence, plausible_min)
         return logits, coherence, diversity

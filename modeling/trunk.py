@@ -74,6 +74,11 @@ class DuetMoePreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the library looks for its decorator in this file; ours is in moe.py
 
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Save as in transformers; the folder also tells where `AutoModel` finds the trunk without this package."""
+        self.config.auto_map = {"AutoModel": "trunk.DuetMoeModel"} | (getattr(self.config, "auto_map", None) or {})
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -142,7 +147,7 @@ class DuetMoeModel(DuetMoePreTrainedModel):
 
         cache, size = past_key_values, length
         if self._passes_in_chunks(length, attention_mask, kwargs):
-            size = self.config.prefill_chunk_size
+            size = self.config.prompt_chunk_size
             cache = DuetMoeCache(self.config) if cache is None else cache
         pieces = [
             self._run_layers(
@@ -168,17 +173,17 @@ class DuetMoeModel(DuetMoePreTrainedModel):
             return k
         values = k.tolist() if isinstance(k, torch.Tensor) else k
         for value in values if isinstance(values, list) else [values]:
-            if not 1 <= value <= self.config.num_local_experts:
+            if not isinstance(value, int) or not 1 <= value <= self.config.num_local_experts:
                 raise ValueError(
                     f"num_experts_per_tok={value} is not possible: this model has {self.config.num_local_experts} "
-                    "experts per layer, so choose 1 or more and no more than that."
+                    "experts per layer, so choose a whole number from 1 to that."
                 )
         return torch.tensor(values, device=device) if isinstance(values, list) else values
 
     def _passes_in_chunks(self, length: int, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
         recorded = any(kwargs.get(f"output_{name}") for name in self._can_record_outputs)
         ready_mask = attention_mask is not None and attention_mask.ndim == 4
-        return length > self.config.prefill_chunk_size and not (torch.is_grad_enabled() or recorded or ready_mask)
+        return length > self.config.prompt_chunk_size and not (torch.is_grad_enabled() or recorded or ready_mask)
 
     def _run_layers(
         self,

@@ -69,6 +69,8 @@ class Writer:
         source = str(name)
         if not Path(source).is_dir() and "/" not in source:
             source = str(bundled(source))
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise FileNotFoundError(f"No model in the folder {source!r}: it has no config.json.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = DuetMoeForCausalLM.from_pretrained(source, dtype=dtype)
@@ -259,7 +261,7 @@ class Writer:
             encoded = self._chat_ids(said)
             cut = len(encoded) - room
             notes.append((f"The prompt was too long: its first {cut} tokens were left out.",) if cut > 0 else ())
-            ids.append(encoded[-room:])
+            ids.append(encoded[:1] + encoded[cut + 1 :] if cut > 0 else encoded)  # the turn's own mark stays
         width = max(map(len, ids))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         batch = {
