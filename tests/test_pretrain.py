@@ -315,3 +315,21 @@ def test_packing_settings_reach_the_packer(recipe: dict, tmp_path: Path) -> None
     run = trainer(recipe, tmp_path, coherence_rows=3)
     assert isinstance(run.packer, Packer)
     assert next(run.packer)["head"].tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "duet_moe.cli", "pretrain", "--recipe", str(tmp_path / "recipe.yaml")]
+    command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("The model is in") == 1
+    steps = TRAINING["steps"]
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [str(step + 1) for step in range(steps)]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    states = [json.loads((checkpoint / f"packer-{rank}.json").read_text()) for rank in (0, 1)]
+    assert states[0] != states[1]
+    DuetMoeForCausalLM.from_pretrained(tmp_path / "run" / "model")
