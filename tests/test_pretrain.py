@@ -320,7 +320,7 @@ def test_packing_settings_reach_the_packer(recipe: dict, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_two_processes_train_one_model(recipe: dict, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "duet_moe.cli", "pretrain", "--recipe", str(tmp_path / "recipe.yaml")]
     command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -177,12 +177,13 @@ def test_copy_puts_the_plain_text_on_the_clipboard(visitor: Visitor) -> None:
 
 def test_problems_become_toasts_that_say_what_to_do(visitor: Visitor) -> None:
     visitor.page.click("#write")
-    sync_api.expect(visitor.page.locator(".toast-body")).to_contain_text("The prompt is empty: type a question")
+    toasts = visitor.page.locator(".toast-body")
+    sync_api.expect(toasts.filter(has_text="The prompt is empty: type a question")).to_have_count(1)
     sync_api.expect(visitor.page.locator("#write")).to_be_enabled()
     visitor.page.click(".toast-close")
     visitor.writer.notes = ("prompt cut to its last 2000 tokens",)
     visitor.ask("A long one")
-    sync_api.expect(visitor.page.locator(".toast-body")).to_contain_text("prompt cut to its last 2000 tokens")
+    sync_api.expect(toasts.filter(has_text="prompt cut to its last 2000 tokens")).to_have_count(1)
     visitor.wait_until_finished()
 
 
