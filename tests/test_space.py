@@ -220,11 +220,7 @@ def test_real_writer_streams_through_the_endpoint_and_stops_on_cancel() -> None:
 
 @pytest.mark.slow
 def test_bundled_checkpoint_answers_through_the_endpoint() -> None:
-    try:
-        writer = Writer.load("duet-mini")
-    except FileNotFoundError:
-        pytest.skip("the bundled checkpoint is not there yet")
-    app = build_app(writer)
+    app = build_app(Writer.load("duet-mini"))
     _, url, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options())
     try:
         left, right, figures = Client(url, verbose=False).predict(EXAMPLES[0].prompt, seed=1, api_name="/compare")
