@@ -14,20 +14,27 @@ from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 
 IGNORED = -100
 CHUNK = 1024  # rows of logits at a time
+ROWS = 256  # rows are filled up to a multiple, so that kernels are built for a few shapes only
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `features @ weight.T` (rows, hidden) against targets (rows,), in nats."""
+    """Sum of cross-entropies of `features @ weight.T` (rows, hidden) against targets (rows,), in nats.
+
+    Rows whose target is `IGNORED` count nothing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool = False
+    ) -> torch.Tensor:
+        chunk_loss = _compiled_loss_and_gradient if compiled else _loss_and_gradient
         dtype = torch.bfloat16 if torch.is_autocast_enabled(features.device.type) else features.dtype
         rows, table = features.to(dtype), weight.to(dtype)
         total = features.new_zeros((), dtype=torch.float32)
         grad_features, grad_weight = torch.empty_like(rows), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            loss, grad_logits = _loss_and_gradient(rows[part] @ table.t(), targets[part])
+            loss, grad_logits = chunk_loss(rows[part] @ table.t(), targets[part])
             total += loss
             torch.mm(grad_logits, table, out=grad_features[part])
             grad_weight += grad_logits.t() @ rows[part]
@@ -39,17 +46,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         grad_features, grad_weight = ctx.saved_tensors
         features_dtype, weight_dtype = ctx.dtypes
-        return (grad_features * grad).to(features_dtype), (grad_weight * grad).to(weight_dtype), None
+        return (grad_features * grad).to(features_dtype), (grad_weight * grad).to(weight_dtype), None, None
 
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = logits.float()
+    scores, scored = logits.float(), (targets != IGNORED)[:, None]
     top = scores.amax(1, keepdim=True)
     log_sum = top + (scores - top).exp().sum(1, keepdim=True).log()
-    loss = (log_sum - scores.gather(1, targets[:, None])).sum()
+    loss = ((log_sum - scores.gather(1, targets.clamp(min=0)[:, None])) * scored).sum()
     # a comparison fuses where a scatter would not
     chosen = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
-    return loss, ((scores - log_sum).exp() - chosen.float()).to(logits.dtype)
+    return loss, (((scores - log_sum).exp() - chosen.float()) * scored).to(logits.dtype)
+
+
+_compiled_loss_and_gradient = torch.compile(_loss_and_gradient, dynamic=False)  # compiles when first called
 
 
 def position_ids(document_ids: torch.Tensor) -> torch.Tensor:
@@ -62,8 +72,11 @@ def position_ids(document_ids: torch.Tensor) -> torch.Tensor:
 class TwoVoicesLoss(nn.Module):
     """Model and objective in one module, so that distributed wrappers see every gradient."""
 
-    def __init__(self, model: DuetMoeForCausalLM, router_aux_loss_coef: float | None = None) -> None:
+    def __init__(
+        self, model: DuetMoeForCausalLM, router_aux_loss_coef: float | None = None, compile: bool = False
+    ) -> None:
         super().__init__()
+        self.compiled = compile
         self.model = model
         self.aux_coef = model.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
 
@@ -91,8 +104,10 @@ class TwoVoicesLoss(nn.Module):
             counts[name] = scored.sum()
             head = getattr(self.model, f"{name}_head")
             if counts[name]:
-                features = head.features(hidden[rows][scored])
-                sums[name] = ChunkedCrossEntropy.apply(features, head.unembed.weight, targets[scored])
+                fill = -int(counts[name]) % ROWS
+                features = head.features(F.pad(hidden[rows][scored], (0, 0, 0, fill)))
+                targets = F.pad(targets[scored], (0, fill), value=IGNORED)
+                sums[name] = ChunkedCrossEntropy.apply(features, head.unembed.weight, targets, self.compiled)
             else:  # keep every parameter in the graph, as distributed training needs
                 sums[name] = 0.0 * head.unembed.weight[0].sum()
         aux = balance_loss(outputs.router_logits, num_experts_per_tok or self.model.config.num_experts_per_tok)

@@ -68,7 +68,7 @@ class Trainer:
             self.model, self.settings.matrix_lr, self.settings.lr, self.settings.weight_decay
         )
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        objective = TwoVoicesLoss(self.model, self.settings.router_aux_loss_coef)
+        objective = TwoVoicesLoss(self.model, self.settings.router_aux_loss_coef, self.settings.compile)
         self.objective, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
         self.step = self.skipped = self.tokens = 0
         self.seconds = 0.0
@@ -81,7 +81,10 @@ class Trainer:
         model.generation_config.modes = modes_as_dict(BUILT_IN_MODES)
         if self.settings.one_head:
             model.coherence_head.unembed.weight = model.model.embed_tokens.weight
-        model.set_experts_implementation("grouped_cpu" if self.accelerator.device.type == "cpu" else "grouped_mm")
+        on_cpu = self.accelerator.device.type == "cpu"
+        model.set_experts_implementation("grouped_cpu" if on_cpu else "grouped_mm")
+        if on_cpu:
+            model.set_attn_implementation("eager")  # on short rows faster than sdpa, whose CPU kernel likes long ones
         if self.settings.compile:
             torch._dynamo.config.cache_size_limit = 64  # one graph per number of active experts
             for layer in model.model.layers:
