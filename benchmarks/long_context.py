@@ -40,11 +40,11 @@ def measure(length: int) -> dict[str, float]:
         started = time.perf_counter()
         outputs = model(prompt, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - started
-        cache = outputs.past_key_values
+        cache = outputs.cache
         started = time.perf_counter()
         for _ in range(DECODED):
             token = outputs.logits[:, -1:].argmax(-1)
-            outputs = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            outputs = model(token, cache=cache, use_cache=True, logits_to_keep=1)
         decode = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     storage = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))

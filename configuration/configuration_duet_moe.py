@@ -46,7 +46,7 @@ class DuetMoeConfig(PreTrainedConfig):
     """
 
     model_type = "duet_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     default_theta = 10_000.0
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
     base_model_tp_plan: ClassVar[dict[str, str]] = {

@@ -17,14 +17,14 @@ from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb, e
 from .configuration_duet_moe import DuetMoeConfig
 
 
-def key_positions(past_key_values: Cache | None, layer_idx: int, queries: int, device: torch.device) -> torch.Tensor:
+def key_positions(cache: Cache | None, layer_idx: int, queries: int, device: torch.device) -> torch.Tensor:
     """Return the position (keys,) of every key that layer `layer_idx` will hand to its next `queries` queries."""
-    if past_key_values is None:
+    if cache is None:
         return torch.arange(queries, device=device)
-    layer = past_key_values.layers[layer_idx] if layer_idx < len(past_key_values.layers) else None
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if hasattr(layer, "key_positions"):
         return layer.key_positions(queries, device)
-    keys, offset = past_key_values.get_mask_sizes(queries, layer_idx)
+    keys, offset = cache.get_mask_sizes(queries, layer_idx)
     return torch.arange(keys, device=device) + offset
 
 
@@ -72,7 +72,7 @@ def packed_document_ids(position_ids: torch.Tensor) -> torch.Tensor | None:
 def attention_masks(
     config: DuetMoeConfig,
     hidden_states: torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     padding_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor | BlockMask | None]:
@@ -89,8 +89,8 @@ def attention_masks(
     for layer_type in sorted(set(config.layer_types)):
         layer_idx = config.layer_types.index(layer_type)
         window = config.sliding_window if layer_type == "sliding_attention" else None
-        past_length = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
-        keys = key_positions(past_key_values, layer_idx, queries, device)
+        past_length = cache.get_seq_length(layer_idx) if cache is not None else 0
+        keys = key_positions(cache, layer_idx, queries, device)
         query_positions = torch.arange(queries, device=device) + past_length
         if (
             config._attn_implementation == "sdpa"
@@ -145,7 +145,7 @@ class DuetMoeAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -155,8 +155,8 @@ class DuetMoeAttention(nn.Module):
         values = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

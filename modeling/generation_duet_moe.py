@@ -154,13 +154,13 @@ class DuetMoeGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: object, **kwargs: object
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get("cache")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get("cache")
         if given is None and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["past_key_values"] = DuetMoeCache(self.config)
+            model_kwargs["cache"] = DuetMoeCache(self.config)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs["cache"].activate_past_recording()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_duet_moe import DuetMoeConfig
 from .generation_duet_moe import DuetMoeGenerationMixin
@@ -96,12 +97,13 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         return embeddings
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -138,7 +140,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_experts_per_tok=num_experts_per_tok,
@@ -173,7 +175,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             logits=logits,
             coherence_logits=coherence_logits if output_head_logits else None,
             diversity_logits=diversity_logits if output_head_logits else None,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -41,12 +42,12 @@ class DuetMoeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         num_experts_per_tok: int | torch.Tensor | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, cache, **kwargs
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), num_experts_per_tok)
@@ -59,7 +60,7 @@ class DuetMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DuetMoeDecoderLayer", "DuetMoeHead"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
@@ -105,12 +106,13 @@ class DuetMoeModel(DuetMoePreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=True)
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_experts_per_tok: int | torch.Tensor | None = None,
@@ -133,29 +135,29 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         num_experts_per_tok = self._checked_top_k(num_experts_per_tok, inputs_embeds.device)
-        if use_cache and past_key_values is None:
-            past_key_values = DuetMoeCache(self.config)
+        if use_cache and cache is None:
+            cache = DuetMoeCache(self.config)
         length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         document_ids = None
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
-        elif past_key_values is None and attention_mask is None and length > 1:
+        elif cache is None and attention_mask is None and length > 1:
             document_ids = packed_document_ids(position_ids)
         if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
             attention_mask = None if attention_mask.ndim == 2 else attention_mask
 
-        cache, size = past_key_values, length
+        filled, size = cache, length
         if self._passes_in_chunks(length, attention_mask, kwargs):
             size = self.config.prompt_chunk_size
-            cache = DuetMoeCache(self.config) if cache is None else cache
+            filled = DuetMoeCache(self.config) if cache is None else cache
         pieces = [
             self._run_layers(
                 inputs_embeds[:, start : start + size],
                 position_ids[:, start : start + size],
                 attention_mask,
                 document_ids,
-                cache,
+                filled,
                 num_experts_per_tok,
                 **kwargs,
             )
@@ -163,7 +165,7 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         ]
         return MoeModelOutputWithPast(
             last_hidden_state=pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1),
-            past_key_values=past_key_values,
+            cache=cache,
         )
 
     def _checked_top_k(
@@ -191,18 +193,18 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         document_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         num_experts_per_tok: int | torch.Tensor | None,
         **kwargs: object,
     ) -> torch.Tensor:
-        masks = attention_masks(self.config, hidden_states, past_key_values, attention_mask, document_ids)
+        masks = attention_masks(self.config, hidden_states, cache, attention_mask, document_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[layer_type],
-                past_key_values=past_key_values,
+                cache=cache,
                 num_experts_per_tok=num_experts_per_tok,
                 **kwargs,
             )

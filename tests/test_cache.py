@@ -45,7 +45,7 @@ def test_any_split_of_a_text_equals_the_full_forward(sizes: list[int], window: i
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     cache = DuetMoeCache(model.config)
     found = [
-        model(ids[:, span], attention_mask=mask[:, : span.stop], past_key_values=cache).logits
+        model(ids[:, span], attention_mask=mask[:, : span.stop], cache=cache).logits
         for span in pieces(sizes, LENGTH)
     ]
     assert cache.get_seq_length() == LENGTH
@@ -58,10 +58,10 @@ def test_decoding_is_right_on_both_sides_of_the_window_edge(prompt: int) -> None
     model, ids = shared_model(), tokens(2, 3 * WINDOW)
     expected = model(ids, use_cache=False).logits
     outputs = model(ids[:, :prompt])
-    cache = outputs.past_key_values
+    cache = outputs.cache
     assert isinstance(cache, DuetMoeCache)
     for position in range(prompt, 3 * WINDOW):
-        logits = model(ids[:, position : position + 1], past_key_values=cache).logits[:, 0]
+        logits = model(ids[:, position : position + 1], cache=cache).logits[:, 0]
         torch.testing.assert_close(logits, expected[:, position], **CLOSE)
 
 
@@ -84,8 +84,8 @@ def test_a_ring_never_holds_more_than_its_window(sizes: list[int]) -> None:
 def test_the_cache_of_a_long_text_is_as_large_as_that_of_a_window() -> None:
     model, sizes = shared_model(), []
     for length in (WINDOW, WINDOW + 1, 40, 200):
-        cache = model(tokens(1, length)).past_key_values
-        model(tokens(1, 1), past_key_values=cache)
+        cache = model(tokens(1, length)).cache
+        model(tokens(1, 1), cache=cache)
         sizes.append([storage_bytes(layer) for layer in cache.layers])
     assert sizes[0] == sizes[1] == sizes[2] == sizes[3]
     config = model.config
@@ -131,8 +131,8 @@ def test_a_long_continuation_passes_in_chunks_over_the_cache_it_is_given() -> No
     model, ids = tiny_model(), tokens(2, 60)
     expected = model(ids, use_cache=False).logits
     model.config.prompt_chunk_size = 7
-    cache = model(ids[:, :25]).past_key_values
-    found = model(ids[:, 25:], past_key_values=cache).logits
+    cache = model(ids[:, :25]).cache
+    found = model(ids[:, 25:], cache=cache).logits
     torch.testing.assert_close(found, expected[:, 25:], **CLOSE)
     assert cache.get_seq_length() == 60
 
@@ -145,19 +145,19 @@ def test_tokens_that_are_taken_back_leave_no_trace(prompt: int, drafts: list[tup
     ids = tokens(1, prompt + 8 * len(drafts))
     expected = model(ids, use_cache=False).logits
     cache = DuetMoeCache(model.config)
-    model(ids[:, :prompt], past_key_values=cache)
+    model(ids[:, :prompt], cache=cache)
     cache.activate_past_recording()
     at = prompt
     for count, taken_back in drafts:
         taken_back = min(taken_back, count)
         kept = count - taken_back
         drafted = torch.cat([ids[:, at : at + kept], wrong[:, :taken_back]], 1)
-        found = model(drafted, past_key_values=cache).logits[:, :kept]
+        found = model(drafted, cache=cache).logits[:, :kept]
         torch.testing.assert_close(found, expected[:, at : at + kept], **CLOSE)
         cache.crop(-taken_back)
         at += kept
         assert cache.get_seq_length() == at
-        found = model(ids[:, at : at + 1], past_key_values=cache).logits
+        found = model(ids[:, at : at + 1], cache=cache).logits
         torch.testing.assert_close(found, expected[:, at : at + 1], **CLOSE)
         at += 1
 
@@ -165,7 +165,7 @@ def test_tokens_that_are_taken_back_leave_no_trace(prompt: int, drafts: list[tup
 @torch.no_grad()
 def test_taking_back_without_recording_is_refused_once_the_window_is_overwritten() -> None:
     model = shared_model()
-    cache = model(tokens(1, 2 * WINDOW)).past_key_values
+    cache = model(tokens(1, 2 * WINDOW)).cache
     with pytest.raises(ValueError, match=r"Cannot take back 3 tokens.*activate_past_recording"):
         cache.crop(-3)
 
@@ -174,9 +174,9 @@ def test_taking_back_without_recording_is_refused_once_the_window_is_overwritten
 def test_taking_back_needs_no_recording_while_everything_is_still_there() -> None:
     model, ids = shared_model(), tokens(1, WINDOW)
     expected = model(ids, use_cache=False).logits
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     cache.crop(-3)
-    found = model(ids[:, -3:], past_key_values=cache).logits
+    found = model(ids[:, -3:], cache=cache).logits
     torch.testing.assert_close(found, expected[:, -3:], **CLOSE)
 
 
@@ -196,24 +196,32 @@ ROWS = [2, 0, 2]
 @torch.no_grad()
 def test_rows_can_be_reordered_selected_and_repeated(change: object, rows: list[int], prompt: int) -> None:
     model, ids = shared_model(mixed=True), tokens(3, prompt)
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     change(cache)
     following = tokens(len(rows), 4, seed=7)
     expected = model(torch.cat([ids[rows], following], 1), use_cache=False).logits[:, -4:]
-    torch.testing.assert_close(model(following, past_key_values=cache).logits, expected, **CLOSE)
+    torch.testing.assert_close(model(following, cache=cache).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [2, 3])
 @torch.no_grad()
 def test_a_cache_that_was_reset_starts_anew(rows: int) -> None:
     model, ids = shared_model(), tokens(rows, 12)
-    cache = model(tokens(2, 20, seed=5)).past_key_values
+    cache = model(tokens(2, 20, seed=5)).cache
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **CLOSE)
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, **CLOSE)
 
 
 def test_full_layers_get_a_growing_cache_and_sliding_layers_a_ring() -> None:
     cache = DuetMoeCache(tiny_config(layer_types=["full_attention", "sliding_attention"]))
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "RingLayer"]
     assert cache.get_max_length(1) == WINDOW
+
+
+def test_the_name_that_the_cache_had_before_still_works(model: DuetMoeForCausalLM) -> None:
+    ids = tokens(1, 12)
+    outputs = model(ids[:, :-1])
+    assert outputs.past_key_values is outputs.cache
+    found = model(ids[:, -1:], past_key_values=outputs.past_key_values).logits
+    torch.testing.assert_close(found, model(ids).logits[:, -1:], **CLOSE)

@@ -86,7 +86,7 @@ def test_the_prompt_of_a_long_text_is_chunked_inside_the_model_only(model: DuetM
 
 def test_generating_keeps_the_cache_at_the_window(model: DuetMoeForCausalLM) -> None:
     outputs = write(model, tokens(2, 5), return_dict_in_generate=True)
-    cache = outputs.past_key_values
+    cache = outputs.cache
     assert isinstance(cache, DuetMoeCache)
     assert {layer.keys.shape[2] for layer in cache.layers} == {WINDOW}
 

@@ -20,6 +20,6 @@ def test_cache_bytes_equal_what_a_cache_holds(tiny_writer) -> None:
     for length in (3, model.config.sliding_window, model.config.sliding_window + 9):
         ids = torch.randint(6, model.config.vocab_size, (1, length))
         with torch.no_grad():
-            cache = model(ids, use_cache=True).past_key_values
+            cache = model(ids, use_cache=True).cache
         held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
         assert held == cache_bytes(model, length)

@@ -113,8 +113,8 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model: DuetMoeForCausal
 def test_the_output_has_what_was_asked_for_and_nothing_else(model: DuetMoeForCausalLM) -> None:
     ids = tokens(2, 9)
     plain = model(ids)
-    assert plain.keys() == {"logits", "past_key_values"}
-    assert isinstance(plain.past_key_values, DuetMoeCache)
+    assert plain.keys() == {"logits", "cache"}
+    assert isinstance(plain.cache, DuetMoeCache)
     assert model(ids, use_cache=False).keys() == {"logits"}
     rich = model(
         ids,
