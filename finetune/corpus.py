@@ -26,6 +26,7 @@ RECIPES = Path(__file__).parent / "recipes"
 HEADS = ("coherence", "diversity", "both")
 KINDS = ("text", "chat")
 SUFFIXES = (".txt", ".json", ".jsonl", ".jsonl.xz")
+PACKAGE = "package:"  # begins a path that starts in this package instead of the data root
 _META = ("answer", "fact", "subcategory", "kind", "title")
 
 
@@ -43,7 +44,8 @@ class Source:
     """A group of files that share a weight, a head and rules.
 
     Args:
-        path (`str` or sequence of `str`): files, folders or globs, relative to the data root.
+        path (`str` or sequence of `str`): files, folders or globs, relative to the data root; `package:written/...`
+            are texts that come with this package.
         weight (`float`): share of the training tokens, relative to the other sources.
         head (`str`): `coherence`, `diversity` or `both` (documents are dealt to the two heads in turn).
         kind (`str`): `text` rows have `text`; `chat` rows have `prompt`, `response` and maybe `context`.
@@ -111,7 +113,8 @@ def source_files(source: Source, root: str | Path) -> list[Path]:
     patterns = [source.path] if isinstance(source.path, str) else list(source.path)
     files: set[Path] = set()
     for pattern in patterns:
-        found = [Path(match) for match in glob.glob(str(Path(root) / pattern))]
+        base = Path(__file__).parent if pattern.startswith(PACKAGE) else Path(root)
+        found = [Path(match) for match in glob.glob(str(base / pattern.removeprefix(PACKAGE)))]
         inside = [file for path in found if path.is_dir() for file in path.rglob("*")]
         usable = {path for path in found + inside if path.is_file() and path.name.endswith(SUFFIXES)}
         if not usable:

@@ -73,6 +73,13 @@ def test_a_folder_is_read_whole(tmp_path: Path) -> None:
     assert {document.response for document in train} == {"first", "second"}
 
 
+def test_texts_of_the_package_need_no_data_folder(tmp_path: Path) -> None:
+    source = Source("own", ["package:written/*.jsonl", "a.jsonl"], 1, kind="chat", holdout=0)
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "Who?", "response": "A fox of the data folder."}])
+    train, _ = load_source(source, tmp_path)
+    assert len(train) > 1000 and "A fox of the data folder." in {document.response for document in train}
+
+
 def test_bad_rows_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{broken\n["list"]\n{"text": ""}\n{"text": 7}\n')
     with caplog.at_level(logging.WARNING):
