@@ -45,8 +45,7 @@ def test_any_split_of_a_text_equals_the_full_forward(sizes: list[int], window: i
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     cache = DuetMoeCache(model.config)
     found = [
-        model(ids[:, span], attention_mask=mask[:, : span.stop], cache=cache).logits
-        for span in pieces(sizes, LENGTH)
+        model(ids[:, span], attention_mask=mask[:, : span.stop], cache=cache).logits for span in pieces(sizes, LENGTH)
     ]
     assert cache.get_seq_length() == LENGTH
     torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], **CLOSE)
