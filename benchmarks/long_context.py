@@ -2,8 +2,9 @@
 
     python benchmarks/long_context.py
 
-Each length runs in a process of its own, so that peak memory is its own. A result file with hardware and versions goes
-to `benchmarks/results/`.
+Every measurement is a process of its own, so that peak memory is its own. The lengths take turns, three rounds;
+reported are the median times and the largest memory. A result file with hardware and versions goes to
+`benchmarks/results/`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 LENGTHS = (16_384, 32_768, 65_536, 131_072)
 WINDOW = 4096
 DECODED = 64
+ROUNDS = 3
 
 
 def measure(length: int) -> dict[str, float]:
@@ -57,6 +60,12 @@ def measure(length: int) -> dict[str, float]:
     }
 
 
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of every time, and the largest memory and cache."""
+    choose = {name: statistics.median if name.startswith(("prefill", "decode")) else max for name in runs[0]}
+    return {name: chosen(run[name] for run in runs) for name, chosen in choose.items()}
+
+
 def main() -> None:
     """Measure all lengths and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -68,13 +77,17 @@ def main() -> None:
     import torch
     import transformers
 
-    rows = []
-    for length in LENGTHS:
-        command = [sys.executable, __file__, "--length", str(length)]
-        run = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(run.stdout.splitlines()[-1]))
-        growth = f"{rows[-1]['prefill_seconds'] / rows[-2]['prefill_seconds']:.2f}x" if len(rows) > 1 else "-"
-        print(rows[-1] | {"growth": growth}, flush=True)
+    runs: dict[int, list[dict[str, float]]] = {length: [] for length in LENGTHS}
+    for _ in range(ROUNDS):
+        for length in LENGTHS:
+            command = [sys.executable, __file__, "--length", str(length)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[length].append(json.loads(run.stdout.splitlines()[-1]))
+            print(runs[length][-1], file=sys.stderr, flush=True)
+    rows = [summary(runs[length]) for length in LENGTHS]
+    for before, row in zip([None, *rows], rows, strict=False):
+        growth = f"{row['prefill_seconds'] / before['prefill_seconds']:.2f}x" if before else "-"
+        print(row | {"growth": growth})
     result = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -82,6 +95,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "window": WINDOW,
+        "rounds": ROUNDS,
         "rows": rows,
     }
     out = Path(__file__).parent / "results" / "long_context.json"

@@ -32,7 +32,7 @@ def test_impossible_training_settings_are_refused(change: dict, told: str) -> No
         TrainingSettings(**({"steps": 5} | change))
 
 
-@pytest.mark.parametrize("name", ["mini", "mini-sft"])
+@pytest.mark.parametrize("name", ["mini", "mini-heads", "mini-anneal", "mini-sft"])
 def test_the_bundled_recipes_can_be_read(name: str) -> None:
     recipe = read_recipe(name)
     assert TrainingSettings(**recipe["training"]).steps > 0
