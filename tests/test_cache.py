@@ -224,3 +224,6 @@ def test_the_name_that_the_cache_had_before_still_works(model: DuetMoeForCausalL
     assert outputs.past_key_values is outputs.cache
     found = model(ids[:, -1:], past_key_values=outputs.past_key_values).logits
     torch.testing.assert_close(found, model(ids).logits[:, -1:], **CLOSE)
+    before = model.base_model(ids[:, :-1], use_cache=True).cache
+    found = model.base_model(ids[:, -1:], past_key_values=before).last_hidden_state
+    torch.testing.assert_close(found, model.base_model(ids).last_hidden_state[:, -1:], **CLOSE)
