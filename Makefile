@@ -15,11 +15,12 @@ GRADIO_SERVER_PORT ?= 7860
 export GRADIO_SERVER_PORT
 
 .NOTPARALLEL:
-.PHONY: help space test lint types check wheel torch clean python port
+.PHONY: help space test conformance lint types check wheel torch clean python port
 
 help:
 	@echo 'make space   install what the Space needs and serve it on http://127.0.0.1:$(GRADIO_SERVER_PORT)'
 	@echo 'make test    install what development needs and run the tests   (ARGS="-k heads" for some)'
+	@echo "make conformance   transformers' own model tests, fetched for the installed version   (ARGS='-m \"not distributed\"')"
 	@echo 'make lint    ruff: format and rules'
 	@echo 'make types   mypy over the package'
 	@echo 'make check   lint and types'
@@ -38,6 +39,10 @@ space: port $(VENV)/.space
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(ARGS)
+
+conformance: $(VENV)/.dev
+	$(BIN)/python tests/conformance/upstream.py
+	$(BIN)/pytest tests/conformance $(ARGS)
 
 lint types: $(VENV)/.dev
 	.ci/check $@

@@ -106,6 +106,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -120,6 +121,9 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         """Run trunk and heads.
 
         Args:
+            labels (`torch.LongTensor` of shape (batch, seq), *optional*): targets, moved by one here; -100 is ignored.
+            shift_labels (`torch.LongTensor` of shape (batch, seq), *optional*): targets that are already moved, as
+                training with split sequences hands them over.
             head_mix (`float` or `torch.Tensor` of shape (batch,) or (batch, seq), *optional*, defaults to the
                 configuration's): 0 is the coherence head, 1 the diversity head, between them the geometric mix.
             num_experts_per_tok (`int` or `torch.Tensor` of shape (batch,), *optional*): active experts of this call.
@@ -160,8 +164,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             output_head_logits,
         )
         loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs)
         if output_router_logits:
             k = num_experts_per_tok if isinstance(num_experts_per_tok, int) else self.config.num_experts_per_tok
             aux_loss = load_balancing_loss_func(

@@ -1,7 +1,8 @@
 """The trunk: a pre-norm sparse-MoE decoder without a final norm, which belongs to the heads that read its states.
 
 A long prompt passes in chunks over a bounded cache, so neither masks nor keys grow with it; positions that start again
-without a cache mark packed documents, which do not see each other.
+without a cache mark packed documents, which do not see each other. The experts, under `@use_experts_implementation`,
+are in moe.py.
 """
 
 import torch

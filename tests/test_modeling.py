@@ -248,3 +248,11 @@ def test_the_example_in_the_documentation_runs() -> None:
     results = doctest.testmod(modeling_duet_moe)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_labels_that_are_already_moved_give_the_same_loss(model: DuetMoeForCausalLM) -> None:
+    ids = tokens(2, 12)
+    moved = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    wanted = model(ids, labels=ids, head_mix=0.5).loss
+    assert torch.equal(model(ids, shift_labels=moved, head_mix=0.5).loss, wanted)
+    assert not torch.equal(model(ids, shift_labels=ids, head_mix=0.5).loss, wanted)
