@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -490,3 +491,10 @@ def test_a_converted_folder_needs_only_transformers(mixtral: Path, tmp_path: Pat
     assert names == {path.name for path in (tmp_path / "saved").glob("*.py")}
     for name in (*names, "config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "saved" / name).read_text(), name
+
+
+def test_the_python_of_the_docs_runs() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert names["model"].config.sliding_window == 64  # type: ignore[attr-defined]
