@@ -120,7 +120,8 @@ class DuetMoeConfig(PreTrainedConfig):
         if self.qk_norm == "all_heads":  # a norm over all heads needs them all on every rank
             gathered = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
             o_proj = {"layers.*.self_attn.o_proj": "rowwise_split_input"}
-            self.base_model_tp_plan = self.base_model_tp_plan | gathered | o_proj
+            plan = self.base_model_tp_plan | gathered | o_proj
+            self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:

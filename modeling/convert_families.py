@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
-from duet_moe.modeling.weights import Piece, Weight
+from duet_moe.modeling.weights import Index, Piece, Weight
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,10 @@ def _head_weight(name: str, shape: tuple[int, ...], std: float, tied: bool) -> W
 
 def _expert_pieces(name: str, shape: tuple[int, ...], is_sparse: bool, in_source: Mapping[str, str]) -> list[Piece]:
     mlp, part = name.split("experts.")
+    rows: dict[str, Index] = {"down_proj": ()}
     if part == "gate_up_proj":
         half = shape[1] // 2
         rows = {"gate_proj": (slice(0, half),), "up_proj": (slice(half, 2 * half),)}
-    else:
-        rows = {"down_proj": ()}
     pieces = []
     for expert in range(shape[0]):
         for projection, place in rows.items():

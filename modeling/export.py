@@ -104,7 +104,7 @@ def _mode(mode: str | float, settings: GenerationConfig) -> Mode:
     saved = {name: Mode(**fields) for name, fields in (getattr(settings, "modes", None) or {}).items()}
     modes = BUILT_IN_MODES | saved
     if mode in modes:
-        return modes[mode]  # type: ignore[index]
+        return modes[mode]
     try:
         return Mode(f"mix {mode}", head_mix=float(mode))
     except ValueError as error:

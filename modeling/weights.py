@@ -17,7 +17,7 @@ Index = tuple[int | slice, ...]
 class TensorSource(Protocol):
     """Tensors by name, read one at a time: a folder of safetensors, or a model in memory."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, part: Index = ()) -> torch.Tensor: ...
 
@@ -105,7 +105,7 @@ class ModelSource:
         absent = sorted(name for name, tensor in self.tensors.items() if tensor.is_meta)
         if absent:
             raise ValueError(f"{absent[0]} is not in memory (offloaded?): load the model without a device map.")
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def read(self, name: str, part: Index = ()) -> torch.Tensor:
         return self.tensors[name][part]

@@ -406,6 +406,19 @@ def test_a_disk_that_fills_up_gives_one_error_and_no_model(
     assert left == {"conversion.json", "model-00001-of-00005.safetensors"}
 
 
+def test_half_a_shard_is_removed(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def write_half(tensors: dict, path: Path, **kwargs: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards_module, "save_file", write_half)
+    assert main(["convert", str(mixtral), str(tmp_path / "out")]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["conversion.json"]
+
+
 def test_memory_is_bounded_by_the_largest_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_model("mixtral", num_hidden_layers=6)
     folder = save_source(source, tmp_path / "source")
