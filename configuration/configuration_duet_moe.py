@@ -24,7 +24,9 @@ class DuetMoeConfig(PreTrainedConfig):
             when not given.
         sliding_window (`int`): tokens a query of a sliding layer can see, itself included.
         prompt_chunk_size (`int`): tokens of a long prompt that pass the trunk at a time.
-        qk_norm (`bool`): RMS-normalise queries and keys per attention head.
+        qk_norm (`bool` or `str`): RMS-normalise queries and keys: `True` each attention head alone (Qwen3),
+            `"all_heads"` all heads of a token at once (OLMoE).
+        norm_topk_prob (`bool`): scale the weights of the chosen experts so that they sum to 1.
         head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
         head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
@@ -90,11 +92,12 @@ class DuetMoeConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int = 32_768
     prompt_chunk_size: int = 1024
-    qk_norm: bool = False
+    qk_norm: bool | str = False
 
     num_local_experts: int = 16
     num_experts_per_tok: int = 4
     num_shared_experts: int = 0
+    norm_topk_prob: bool = True
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
 
@@ -114,6 +117,11 @@ class DuetMoeConfig(PreTrainedConfig):
             self.head_intermediate_size = self.hidden_size
         self._check_sizes()
         self._check_choices()
+        if self.qk_norm == "all_heads":  # a norm over all heads needs them all on every rank
+            gathered = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+            o_proj = {"layers.*.self_attn.o_proj": "rowwise_split_input"}
+            plan = self.base_model_tp_plan | gathered | o_proj
+            self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
@@ -150,6 +158,8 @@ class DuetMoeConfig(PreTrainedConfig):
             self.layer_types,
             f"a list of num_hidden_layers={self.num_hidden_layers} entries",
         )
+        allowed_norms = (False, True, "all_heads")
+        _require(self.qk_norm in allowed_norms, "qk_norm", self.qk_norm, f"one of {allowed_norms}")
         _require(0.0 <= self.head_mix <= 1.0, "head_mix", self.head_mix, "between 0 (coherence) and 1 (diversity)")
         allowed_modes = (*BUILT_IN_MODES, "auto")
         _require(self.default_mode in allowed_modes, "default_mode", self.default_mode, f"one of {allowed_modes}")

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LATER = {
-    "convert": "turn a model of another family into Duet-MoE",
-    "export": "write one mix of the heads as a plain Mixtral",
     "voice": "adapt the diversity head to a house style",
     "guard": "check and index texts for guardrails",
     "eval": "evaluate models by task",
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.extra = extra
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"duet {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -65,6 +63,21 @@ def make_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--cache", help="folder of tokenised text, to share between runs")
     pretrain.add_argument("--seed", type=int, help="instead of the recipe's seed")
 
+    convert = _command(commands, "convert", "turn a model of another family into Duet-MoE", _convert)
+    convert.add_argument("source", help="folder or Hub id of a Mixtral, Qwen3-MoE, OLMoE, Llama or Mistral model")
+    _add_result(convert)
+    convert.add_argument("--experts-per-tok", type=_count, metavar="K", help="active experts (the source's; dense: 2)")
+    convert.add_argument("--window", type=_count, metavar="N", help="tokens that every layer sees (as in the source)")
+    convert.add_argument("--experts", type=_count, metavar="N", help="copies of a dense model's MLP (8)")
+    convert.add_argument("--renormalize", action="store_true", help="chosen experts' weights sum to 1 (OLMoE: not)")
+    convert.add_argument("--seed", type=int, default=0, help="for a dense model's router and the heads' adapters (0)")
+
+    export = _command(commands, "export", "write one mix of the heads as a plain Mixtral", _export)
+    export.add_argument("source", help="bundled name, folder or Hub id of a Duet-MoE model")
+    _add_result(export)
+    export.add_argument("--mode", type=_mode_or_mix, required=True, help="a mode, or a mix from 0 to 1")
+    export.add_argument("--to", choices=["mixtral"], default="mixtral", help="family to write (mixtral)")
+
     space = _command(commands, "space", "serve the web demo (further arguments: duet space --help)", _space)
     space.set_defaults(passes_on=True)
     for name, purpose in LATER.items():
@@ -88,6 +101,30 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--experts", type=int, dest="num_experts_per_tok", metavar="K", help="active experts a token")
     parser.add_argument("--json", action="store_true", help="print text, tokens and both heads' evidence as JSON")
+
+
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", help="folder to make; the same command goes on after an interruption")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the new weights (the source's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print sizes, time and notes as JSON")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _mode_or_mix(text: str) -> str | float:
+    try:
+        mix = float(text)
+    except ValueError:
+        return text
+    if not 0.0 <= mix <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not a mix from 0 (coherence head) to 1 (diversity head)")
+    return mix
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, object]:
@@ -190,6 +227,44 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     )
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every process comes here
         print(f"The model is in {folder}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from duet_moe.modeling.convert import convert
+
+    report = convert(
+        arguments.source,
+        arguments.out,
+        arguments.experts_per_tok,
+        arguments.window,
+        arguments.experts,
+        arguments.renormalize,
+        _dtype(arguments.dtype),
+        arguments.seed,
+    )
+    _print_report(report, arguments.json)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from duet_moe.modeling.export import export_mixtral
+
+    report = export_mixtral(arguments.source, arguments.out, arguments.mode, _dtype(arguments.dtype))
+    _print_report(report, arguments.json)
+
+
+def _dtype(name: str | None):  # type: ignore[no-untyped-def]
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def _print_report(report: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    for note in report["notes"]:  # type: ignore[attr-defined]
+        print(f"note: {note}")
+    print(f"The model is in {report['folder']}: {report['parameters']:,} parameters, {report['bytes']:,} bytes")
 
 
 def _space(arguments: argparse.Namespace) -> int | None:

@@ -137,8 +137,12 @@ class DuetMoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # features that one RMS is taken over: of a head, or of all heads of the token
+        self.norm_widths = (query_width, key_width) if config.qk_norm == "all_heads" else (self.head_dim,) * 2
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            for width in self.norm_widths
+        )
 
     def forward(
         self,
@@ -150,8 +154,9 @@ class DuetMoeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
+        queries = self.q_norm(self.q_proj(hidden_states).view(*input_shape, -1, self.norm_widths[0]))
+        keys = self.k_norm(self.k_proj(hidden_states).view(*input_shape, -1, self.norm_widths[1]))
+        queries, keys = queries.view(hidden_shape).transpose(1, 2), keys.view(hidden_shape).transpose(1, 2)
         values = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)

@@ -4,6 +4,7 @@ Decisions: the trunk knows nothing of heads; each head owns its norm and its out
 branches, so the unused head is not computed and factual mode cannot be changed by the diversity head.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .configuration_duet_moe import DuetMoeConfig
 from .generation_duet_moe import DuetMoeGenerationMixin
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
-from .modes import NotInThisVersionError
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
 
 
@@ -72,13 +72,22 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_causal_lm(cls, hf_model: PreTrainedModel) -> "DuetMoeForCausalLM":
-        """Turn a model of another family into Duet-MoE; a later version brings it.
+    def from_causal_lm(cls, hf_model: PreTrainedModel, **options: int | None) -> "DuetMoeForCausalLM":
+        """Turn a Mixtral, Qwen3-MoE, OLMoE, Llama or Mistral model into Duet-MoE that answers exactly as it does.
+
+        Args:
+            options: `experts_per_tok`, `window`, `experts`, `renormalize` and `seed`, as in
+                `duet_moe.modeling.convert.convert_model`.
 
         Raises:
-            NotInThisVersionError: always.
+            ValueError: on a model that Duet-MoE cannot represent, naming the setting or tensor.
+            ImportError: where only a saved checkpoint's own code is at hand, without the package duet-moe.
         """
-        raise NotInThisVersionError("Conversion of other models", "Train one with `duet pretrain`, or use duet-mini.")
+        try:
+            converter = importlib.import_module("duet_moe.modeling.convert")
+        except ModuleNotFoundError as error:
+            raise ImportError("from_causal_lm needs the whole package: pip install duet-moe") from error
+        return converter.convert_model(hf_model, cls, **options)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.coherence_head.unembed

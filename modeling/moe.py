@@ -2,7 +2,7 @@
 
 Experts are fused 3D tensors under `@use_experts_implementation`, so that the library's kernels (eager, batched_mm,
 grouped_mm), expert parallelism and quantisers apply. The router softmaxes over all experts, keeps the best k and
-renormalises them, as Mixtral does (Jiang et al. 2024, arXiv 2401.04088, section 2.1).
+renormalises them, as Mixtral does (Jiang et al. 2024, arXiv 2401.04088, section 2.1); OLMoE does not.
 """
 
 import torch
@@ -46,6 +46,7 @@ class DuetMoeTopKRouter(nn.Module):
     def __init__(self, config: DuetMoeConfig):
         super().__init__()
         self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(
@@ -66,7 +67,9 @@ class DuetMoeTopKRouter(nn.Module):
         weights, experts = router_logits.float().softmax(dim=-1).topk(widest, dim=-1)
         if not isinstance(k, int):
             weights = weights.masked_fill(torch.arange(widest, device=k.device) >= k[:, None], 0.0)
-        return router_logits, weights / weights.sum(dim=-1, keepdim=True), experts
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return router_logits, weights, experts
 
 
 class DuetMoeSharedExperts(nn.Module):

@@ -23,6 +23,8 @@ from .configuration_duet_moe import DuetMoeConfig
 from .heads import ZeroLinear
 from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
 
+TRUNK_CLASS = "trunk.DuetMoeModel"  # where a saved checkpoint keeps it
+
 
 class DuetMoeRotaryEmbedding(MixtralRotaryEmbedding):
     """Cosines and sines for `position_ids`, from the configuration's `rope_parameters` (default, YaRN, ...)."""
@@ -78,7 +80,7 @@ class DuetMoePreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as in transformers; the folder also tells where `AutoModel` finds the trunk without this package."""
-        self.config.auto_map = {"AutoModel": "trunk.DuetMoeModel"} | (getattr(self.config, "auto_map", None) or {})
+        self.config.auto_map = {"AutoModel": TRUNK_CLASS} | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()

@@ -207,3 +207,15 @@ def test_qk_norm_takes_away_the_scale_of_queries_and_keys(name: str, qk_norm: bo
             getattr(layer.self_attn, name).weight.mul_(3.0)
         change = (model(ids).logits - before).abs().max()
     assert bool(change < 1e-3) is qk_norm
+
+
+def test_qk_norm_of_all_heads_keeps_the_heads_scales_apart() -> None:
+    ids = tokens(1, 12)
+    for qk_norm, keeps in ((True, False), ("all_heads", True)):
+        model = tiny_model(qk_norm=qk_norm)
+        with torch.no_grad():
+            before = model(ids).logits
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight[:8].mul_(3.0)  # the first of four heads
+            change = (model(ids).logits - before).abs().max()
+        assert bool(change > 1e-2) is keeps

@@ -44,6 +44,14 @@ def test_a_size_below_one_is_refused_with_its_name_and_value(name: str, bad: int
     assert ">= 1" in message
 
 
+def test_a_norm_over_all_heads_has_them_all_on_every_rank() -> None:
+    plan = tiny_config(qk_norm="all_heads").base_model_tp_plan
+    assert plan["layers.*.self_attn.q_proj"] == plan["layers.*.self_attn.v_proj"] == "colwise_gather_output"
+    assert plan["layers.*.self_attn.o_proj"] == "rowwise_split_input"
+    for qk_norm in (True, False):
+        assert tiny_config(qk_norm=qk_norm).base_model_tp_plan["layers.*.self_attn.q_proj"] == "colwise"
+
+
 @pytest.mark.parametrize("name", ["num_shared_experts", "plan_size"])
 def test_optional_sizes_may_be_zero_but_not_negative(name: str) -> None:
     assert getattr(tiny_config(**{name: 0}), name) == 0
@@ -60,6 +68,7 @@ def test_optional_sizes_may_be_zero_but_not_negative(name: str) -> None:
         ({"head_dim": 7}, "head_dim=7", "even"),
         ({"layer_types": ["sliding_attention", "linear"]}, "'linear'", "full_attention"),
         ({"layer_types": ["full_attention"]}, "['full_attention']", "num_hidden_layers=2"),
+        ({"qk_norm": "heads"}, "qk_norm='heads'", "all_heads"),
         ({"head_mix": -0.1}, "head_mix=-0.1", "between 0"),
         ({"head_mix": 1.5}, "head_mix=1.5", "between 0"),
         ({"head_mix": float("nan")}, "head_mix=nan", "between 0"),

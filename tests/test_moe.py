@@ -207,3 +207,15 @@ def test_the_router_can_be_taught_by_the_balance_loss() -> None:
     logits, _, _ = router(torch.randn(20, 32))
     balance_loss((logits,), 2).backward()
     assert router.weight.grad.abs().sum() > 0
+
+
+def test_weights_of_the_chosen_experts_sum_to_one_or_stay_as_they_are() -> None:
+    hidden_states = torch.randn(20, 32)
+    for norm_topk_prob in (True, False):
+        router = DuetMoeTopKRouter(tiny_config(norm_topk_prob=norm_topk_prob))
+        torch.manual_seed(0)
+        torch.nn.init.normal_(router.weight, std=0.1)
+        logits, weights, experts = router(hidden_states)
+        chosen = logits.softmax(-1).gather(-1, experts)
+        expected = chosen / chosen.sum(-1, keepdim=True) if norm_topk_prob else chosen
+        torch.testing.assert_close(weights, expected)
