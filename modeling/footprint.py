@@ -1,12 +1,12 @@
 """What the weights of a model weigh: bytes by group, as they are held and as bf16.
 
-This file travels inside saved checkpoints, so it imports only torch.
+This file travels inside saved checkpoints, so it imports only torch and transformers.
 """
 
 import copy
 
 import torch
-from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 # The first part that stands in a weight's name says its group; a head's norms belong to the head.
 PARTS = {
@@ -25,13 +25,13 @@ def group_of(name: str) -> str:
     return next((group for part, group in PARTS.items() if part in name), "router_and_norms")
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same configuration without storage and never quantised, to count its parameters."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
-def bytes_by_group(model: nn.Module) -> dict[str, int]:
+def bytes_by_group(model: PreTrainedModel) -> dict[str, int]:
     """Return the bytes of all saved tensors by group, scales of quantised weights included.
 
     Args:
@@ -53,7 +53,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return sum(_bytes(getattr(tensor, part)) for part in parts) if parts else tensor.nbytes
 
 
-def footprint_table(model: nn.Module) -> str:
+def footprint_table(model: PreTrainedModel) -> str:
     """Return `bytes_by_group` as lines to read."""
     sizes = bytes_by_group(model)
     bf16 = sizes.pop("bf16_total")

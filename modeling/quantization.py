@@ -1,8 +1,7 @@
 """Quantisation that reaches the experts, on load, from the user's plain `BitsAndBytesConfig`.
 
 transformers swaps `nn.Linear` for bitsandbytes' layers, which passes over fused experts and damages heads. The
-quantisers here do the same for attention and shared experts, pack the experts too, and leave both heads alone. Packed
-experts are ordinary tensors (codes and scales), so that saving and loading needs nothing special.
+quantisers here do the same for attention and shared experts, pack the experts too, and leave both heads alone.
 This file travels inside saved checkpoints: it imports only torch, transformers and flat siblings, and reaches
 bitsandbytes through transformers' integration and the operators that it registers with torch.
 """
@@ -11,15 +10,16 @@ import copy
 import logging as python_logging
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, TorchAoConfig
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     AutoQuantizationConfig,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -28,16 +28,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from .footprint import footprint_table
 from .moe import DuetMoeExperts
+from .packed_experts import BLOCK, PROJECTIONS, PackedExperts, pack
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.duet_moe")  # follows the verbosity that users set there
 
-BLOCK = 64  # weights of a row that share a scale in 4 bits, as in bitsandbytes' own layers
 HEADS = ("coherence_head", "diversity_head")
 METHODS = {"duet_moe_bnb_4bit": "load_in_4bit", "duet_moe_bnb_8bit": "load_in_8bit"}  # `quant_method` in config.json
-PROJECTIONS = ("gate_up_proj", "down_proj")
 POSSIBLE = (
     "Possible are BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True), and TorchAoConfig(FqnToConfig(...)) "
-    r"with entries for 're:.*experts\.gate_up_proj' and 're:.*experts\.down_proj'; see docs/quantisation.md."
+    r"with an entry for 're:.*experts\.\w+_proj'; see docs/quantisation.md."
 )
 
 
@@ -50,19 +49,21 @@ class DuetMoeBitsAndBytesConfig(BitsAndBytesConfig):
         ValueError: on a choice that the experts cannot follow; the message has the value and what is allowed.
     """
 
-    def __init__(self, quant_method: str | None = None, **settings: object):
+    def __init__(
+        self, quant_method: str | None = None, llm_int8_skip_modules: list[str] | None = None, **settings: object
+    ):
         for flag in ("_load_in_4bit", "_load_in_8bit"):
             settings.pop(flag, None)
         if quant_method in METHODS:
             settings[METHODS[quant_method]] = True
-        super().__init__(**settings)
+        skipped = dict.fromkeys([*(llm_int8_skip_modules or ()), *HEADS])
+        super().__init__(llm_int8_skip_modules=list(skipped), **settings)
         if not self.is_quantizable():
             raise ValueError("BitsAndBytesConfig asks for nothing: set load_in_4bit=True or load_in_8bit=True.")
         _require(self.load_in_8bit or self.quantization_method(), self, "bnb_4bit_quant_type", "'nf4' or 'fp4'")
         _require(self.bnb_4bit_quant_storage == torch.uint8, self, "bnb_4bit_quant_storage", "torch.uint8")
         _require(not self.llm_int8_has_fp16_weight, self, "llm_int8_has_fp16_weight", "False, or nothing is saved")
         self.quant_method = list(METHODS)[self.load_in_8bit]
-        self.llm_int8_skip_modules = list(dict.fromkeys([*(self.llm_int8_skip_modules or ()), *HEADS]))
 
     def to_dict(self) -> dict:
         # with these flags in config.json transformers would take its own quantiser instead
@@ -81,20 +82,19 @@ def reaching_experts(config: QuantizationConfigMixin | dict | None) -> Quantizat
     Raises:
         ValueError: for a method that can only quantise `nn.Linear` layers, or an unknown one.
     """
-    if isinstance(config, dict):
-        config = AutoQuantizationConfig.from_dict(config)
-    if isinstance(config, (AwqConfig, GPTQConfig)):
-        method = getattr(config.quant_method, "value", config.quant_method)
+    chosen = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else config
+    if isinstance(chosen, (AwqConfig, GPTQConfig)):
+        method = getattr(chosen.quant_method, "value", chosen.quant_method)
         raise ValueError(f"quant_method={method!r} knows only nn.Linear layers, so the experts would stay. {POSSIBLE}")
-    if isinstance(config, TorchAoConfig):
-        config = copy.copy(config)
-        config.modules_to_not_convert = list(dict.fromkeys([*(config.modules_to_not_convert or ()), *HEADS]))
-    if isinstance(config, BitsAndBytesConfig) and config.quant_method not in METHODS:
-        config = DuetMoeBitsAndBytesConfig(**config.to_dict())
-    return config
+    if isinstance(chosen, TorchAoConfig):
+        chosen = copy.copy(chosen)
+        chosen.modules_to_not_convert = list(dict.fromkeys([*(chosen.modules_to_not_convert or ()), *HEADS]))
+    if isinstance(chosen, BitsAndBytesConfig) and chosen.quant_method not in METHODS:
+        chosen = DuetMoeBitsAndBytesConfig(**chosen.to_dict())
+    return chosen
 
 
-def finish_quantized(model: nn.Module) -> None:
+def finish_quantized(model: PreTrainedModel) -> None:
     """Check a quantised model that has been loaded, and log its bytes by group.
 
     Raises:
@@ -106,7 +106,7 @@ def finish_quantized(model: nn.Module) -> None:
     logger.warning(f"{type(model).__name__} is quantised; bytes by group:\n{footprint_table(model)}")
 
 
-def require_quantized_experts(model: nn.Module) -> None:
+def require_quantized_experts(model: PreTrainedModel) -> None:
     """Refuse a model whose experts are still floats.
 
     Raises:
@@ -129,96 +129,6 @@ def _is_experts(module: nn.Module) -> bool:
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in PROJECTIONS)
 
 
-def pack(weight: torch.Tensor, config: BitsAndBytesConfig) -> dict[str, torch.Tensor]:
-    """Quantise `weight` (experts, out, in) and return its codes and scales by name suffix.
-
-    8 bits: int8 codes of the same shape and one float32 `_absmax` a row. 4 bits: two codes a byte in uint8
-    (experts, out, in / 2) and one float32 `_absmax` a block of 64 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
-    With double quantisation the scales are uint8 shares of a float32 `_absmax_max` a row.
-    """
-    if config.load_in_8bit:
-        absmax = weight.float().abs().amax(-1, keepdim=True)  # (experts, out, 1)
-        codes = (weight.float() * (127 / absmax.clamp(min=torch.finfo(torch.float32).tiny))).round().to(torch.int8)
-        return {"": codes, "_absmax": absmax}
-    rows = weight.shape[:-1]
-    codes, absmax = torch.ops.bitsandbytes.quantize_4bit(
-        weight.contiguous(), BLOCK, config.bnb_4bit_quant_type, torch.uint8
-    )
-    packed = {"": codes.view(*rows, -1), "_absmax": absmax.view(*rows, -1)}
-    if config.bnb_4bit_use_double_quant:
-        largest = packed["_absmax"].amax(-1, keepdim=True)
-        share = packed["_absmax"] * (255 / largest.clamp(min=torch.finfo(torch.float32).tiny))
-        packed |= {"_absmax": share.round().to(torch.uint8), "_absmax_max": largest}
-    return packed
-
-
-def unpack(
-    dtype: torch.dtype, method: str, codes: torch.Tensor, absmax: torch.Tensor, largest: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the weight (..., out, in) in `dtype` that `pack` made codes and scales of; `method` names the codes."""
-    if largest is not None:
-        absmax = absmax * (largest / 255)
-    if method == "llm_int8":
-        return (codes * (absmax / 127)).to(dtype)
-    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        codes.reshape(-1, 1), absmax.reshape(-1), BLOCK, method, shape, dtype
-    )
-
-
-class _PackedLinear(torch.autograd.Function):
-    """`x @ weight.T` for a packed weight, which is unpacked again for the backward pass instead of being kept."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, method: str, *packed: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.method = method
-        ctx.save_for_backward(*packed)
-        return F.linear(x, unpack(x.dtype, method, *packed))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        packed = ctx.saved_tensors
-        return gradient @ unpack(gradient.dtype, ctx.method, *packed), None, *(None for _ in packed)
-
-
-class QuantizedExperts(nn.Module):
-    """All experts of a layer in packed form, in place of `experts`; one expert at a time is unpacked."""
-
-    def __init__(self, experts: nn.Module, config: BitsAndBytesConfig):
-        super().__init__()
-        self.num_experts = experts.num_experts
-        self.act_fn = experts.act_fn
-        self.method = config.quantization_method()
-        self.compute_dtype = config.bnb_4bit_compute_dtype if config.load_in_4bit else None
-        for name in PROJECTIONS:
-            for suffix, tensor in pack(getattr(experts, name), config).items():
-                if suffix:
-                    self.register_buffer(name + suffix, tensor)
-                else:
-                    self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.suffixes = [suffix for suffix in ("", "_absmax", "_absmax_max") if hasattr(self, name + suffix)]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)  # (tokens, hidden)
-        inputs = hidden_states.to(self.compute_dtype or hidden_states.dtype)
-        # ids at or above num_experts mark tokens that another rank's experts answer for
-        for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
-            token, slot = torch.where(top_k_index == expert)
-            gate, up = self._project("gate_up_proj", expert, inputs[token]).chunk(2, dim=-1)
-            answer = self._project("down_proj", expert, self.act_fn(gate) * up)
-            output.index_add_(0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype))
-        return output
-
-    def _project(self, name: str, expert: int, states: torch.Tensor) -> torch.Tensor:
-        return _PackedLinear.apply(states, self.method, *(getattr(self, name + s)[expert] for s in self.suffixes))
-
-    def unpacked(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight `name` (experts, out, in) of all experts."""
-        return unpack(dtype, self.method, *(getattr(self, name + suffix) for suffix in self.suffixes))
-
-
 class _Quantize(ConversionOps):
     """Packs the weights of experts while a checkpoint is read; `linears` does the others."""
 
@@ -227,33 +137,37 @@ class _Quantize(ConversionOps):
         self.linears = linears
 
     def convert(
-        self, input_dict: dict, full_layer_name: str | None = None, model: nn.Module | None = None, **kwargs: object
+        self,
+        input_dict: dict,
+        full_layer_name: str | None = None,
+        model: PreTrainedModel | None = None,
+        **kwargs: object,
     ) -> dict[str, torch.Tensor]:
         name, value = next(iter(input_dict.items()))
         module, _ = get_module_from_name(model, full_layer_name)
-        if not isinstance(module, QuantizedExperts):
+        if not isinstance(module, PackedExperts):
             return self.linears.convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
         weight = value[0] if isinstance(value, list) else value
         return {name + suffix: tensor for suffix, tensor in pack(weight, self.config).items()}
 
 
-class _ReachesExperts:
+class _ReachesExperts(HfQuantizer):
     """What both quantisers add to those of transformers."""
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, device_map: dict | str | None = None, **kwargs: object
+        self, model: PreTrainedModel, device_map: dict | str | None = None, **kwargs: object
     ) -> None:
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
         for name, module in list(model.named_modules()):
-            # The fast path of bitsandbytes 0.50 for CPUs with AVX512_BF16 repacks weights in the first evaluation: what
-            # is saved then is wrong, no gradient passes any more, and 32 must divide the width.
+            # On CPUs with AVX512_BF16, bitsandbytes 0.50 repacks weights in the first evaluation: what is saved then
+            # is wrong, no gradient passes any more, and widths that 32 does not divide fail.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
             names = (name, *(f"{name}.{projection}" for projection in PROJECTIONS))
             if _is_experts(module) and all(should_convert_module(n, self.modules_to_not_convert) for n in names):
                 self._require_whole_blocks(name, module)
                 with torch.device("meta"):
-                    model.set_submodule(name, QuantizedExperts(module, self.quantization_config))
+                    model.set_submodule(name, PackedExperts(module, self.quantization_config))
         require_quantized_experts(model)
 
     def _require_whole_blocks(self, name: str, experts: nn.Module) -> None:
@@ -265,23 +179,23 @@ class _ReachesExperts:
                     f"{BLOCK}. Use load_in_8bit=True."
                 )
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # so that the library's guards for it hold
         return super()._process_model_after_weight_loading(model, **kwargs)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: object) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
         module, name = get_module_from_name(model, param_name)
-        if isinstance(module, QuantizedExperts):
+        if isinstance(module, PackedExperts):
             return name in PROJECTIONS
         return super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config, super().get_quantize_ops())
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the model has been saved
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedExperts):
+            if isinstance(module, PackedExperts):
                 with torch.device("meta"):
                     experts = DuetMoeExperts(model.config)
                 for projection in PROJECTIONS:
@@ -297,7 +211,7 @@ class DuetMoe4BitQuantizer(_ReachesExperts, Bnb4BitHfQuantizer):
 class DuetMoe8BitQuantizer(_ReachesExperts, Bnb8BitHfQuantizer):
     """8 bits for experts (rounded by row) and for attention and shared experts (LLM.int8)."""
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         # bitsandbytes logs its cast of bf16 inputs again for every layer and every token
         python_logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
         return super()._process_model_after_weight_loading(model, **kwargs)
