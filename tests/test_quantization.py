@@ -181,6 +181,16 @@ def test_a_truncated_quantised_checkpoint_is_no_model(quantisable: Path, tmp_pat
         DuetMoeForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_machine_without_bitsandbytes_is_told_what_to_install(
+    quantisable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bits, form in ((4, "nf4"), (8, "int8")):
+        where = f"transformers.quantizers.quantizer_bnb_{bits}bit.is_bitsandbytes_available"
+        monkeypatch.setattr(where, lambda: False)
+        with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
+            load(quantisable, form)
+
+
 @pytest.mark.slow
 def test_a_process_without_the_package_loads_a_quantised_checkpoint(quantisable: Path, tmp_path: Path) -> None:
     model = load(quantisable)
