@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from duet_moe.modeling.footprint import bytes_by_group, skeleton
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 
 
 def parameter_counts(model: DuetMoeForCausalLM, num_experts_per_tok: int | None = None) -> dict[str, int]:
-    """Count parameters.
+    """Count parameters, as many in a quantised model as in the one it was made of.
 
     Returns:
         `total`; `active`: those that a token of a one-head mode uses, with `num_experts_per_tok` experts (the
@@ -15,12 +16,13 @@ def parameter_counts(model: DuetMoeForCausalLM, num_experts_per_tok: int | None 
     """
     config = model.config
     k = num_experts_per_tok or config.num_experts_per_tok
+    whole = skeleton(model)  # packed weights have fewer elements than parameters
     parts = {
-        "total": sum(p.numel() for p in model.parameters()),
-        "embedding": model.model.embed_tokens.weight.numel(),
-        "experts": sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name),
-        "coherence_head": sum(p.numel() for p in model.coherence_head.parameters()),
-        "diversity_head": sum(p.numel() for p in model.diversity_head.parameters()),
+        "total": sum(p.numel() for p in whole.parameters()),
+        "embedding": whole.model.embed_tokens.weight.numel(),
+        "experts": sum(p.numel() for name, p in whole.named_parameters() if ".mlp.experts." in name),
+        "coherence_head": sum(p.numel() for p in whole.coherence_head.parameters()),
+        "diversity_head": sum(p.numel() for p in whole.diversity_head.parameters()),
     }
     idle_experts = parts["experts"] * (config.num_local_experts - k) // config.num_local_experts
     both = parts["total"] - idle_experts - parts["embedding"] + config.hidden_size
@@ -41,9 +43,12 @@ def describe(model: DuetMoeForCausalLM, folder: str | Path | None = None) -> dic
     """Return what `duet info` prints, as plain data; `folder` adds the bytes on disk."""
     config = model.config
     counts = parameter_counts(model)
+    sizes = bytes_by_group(model)
     context = config.max_position_embeddings
     facts: dict[str, object] = {
         "parameters": counts,
+        "bytes": sizes,
+        "share_of_bf16": round(sizes["total"] / sizes["bf16_total"], 3),
         "experts": f"{config.num_experts_per_tok} of {config.num_local_experts} per token and layer",
         "layers": config.num_hidden_layers,
         "sliding_window": config.sliding_window,

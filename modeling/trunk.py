@@ -16,12 +16,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .attention import DuetMoeAttention, attention_masks, packed_document_ids
 from .cache import DuetMoeCache
 from .configuration_duet_moe import DuetMoeConfig
 from .heads import ZeroLinear
 from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
+from .quantization import finish_quantized, reaching_experts
 
 TRUNK_CLASS = "trunk.DuetMoeModel"  # where a saved checkpoint keeps it
 
@@ -77,6 +79,21 @@ class DuetMoePreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the library looks for its decorator in this file; ours is in moe.py
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: object, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: object
+    ) -> "DuetMoePreTrainedModel":
+        """Load as in transformers; a `quantization_config` reaches the experts and never the heads.
+
+        Raises:
+            ValueError: if experts would stay or have stayed unquantised; the message says what is possible.
+        """
+        loaded = super().from_pretrained(*args, quantization_config=reaching_experts(quantization_config), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if hasattr(model, "hf_quantizer"):
+            finish_quantized(model)
+        return loaded
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as in transformers; the folder also tells where `AutoModel` finds the trunk without this package."""

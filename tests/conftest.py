@@ -1,12 +1,14 @@
 """What all tests share: no network, the same random numbers in every run, one tiny model and tokenizer."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from quantized import SHAPE  # noqa: E402
 from tiny import tiny_config, tiny_model, tiny_tokenizer, tiny_writer_of  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -41,3 +43,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_writer(tokenizer: PreTrainedTokenizerFast) -> Writer:
     return tiny_writer_of(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def quantisable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model in bf16 that every form of quantisation fits."""
+    path = tmp_path_factory.mktemp("bf16")
+    tiny_model(**SHAPE).to(torch.bfloat16).save_pretrained(path)
+    return path
