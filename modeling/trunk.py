@@ -21,6 +21,7 @@ from .cache import DuetMoeCache
 from .configuration_duet_moe import DuetMoeConfig
 from .heads import ZeroLinear
 from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
+from .persistence import CheckpointMixin
 
 
 class DuetMoeRotaryEmbedding(MixtralRotaryEmbedding):
@@ -53,8 +54,8 @@ class DuetMoeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), num_experts_per_tok)
 
 
-class DuetMoePreTrainedModel(PreTrainedModel):
-    """Weights, loading and saving."""
+class DuetMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Weights; loading and saving are in [`CheckpointMixin`]."""
 
     config: DuetMoeConfig
     base_model_prefix = "model"
@@ -74,11 +75,6 @@ class DuetMoePreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the library looks for its decorator in this file; ours is in moe.py
-
-    def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Save as in transformers; the folder also tells where `AutoModel` finds the trunk without this package."""
-        self.config.auto_map = {"AutoModel": "trunk.DuetMoeModel"} | (getattr(self.config, "auto_map", None) or {})
-        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
