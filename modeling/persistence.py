@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from transformers.modeling_utils import PreTrainedModel
 
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the format's own
 PUSH = (
@@ -22,8 +24,8 @@ PUSH = (
 )  # fmt: skip
 
 
-class CheckpointMixin:
-    """Stands before `PreTrainedModel` and guards `from_pretrained`, `save_pretrained` and `push_to_hub`."""
+class CheckedPreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` with guards round `from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
     # The installed package writes the card of a repository that has none; on other machines transformers' own stays.
     fill_card: ClassVar[Callable | None] = None
@@ -36,7 +38,7 @@ class CheckpointMixin:
         use_safetensors: bool | None = None,
         output_loading_info: bool = False,
         **kwargs: object,
-    ) -> object:
+    ) -> Self:
         """Load as in transformers, but whole or not at all, and from safetensors only.
 
         Weights that a checkpoint lacks are random, as in transformers, only where you take that into your own hands:
@@ -62,21 +64,34 @@ class CheckpointMixin:
                 ) from error
             raise
         if output_loading_info:
-            return model, info
+            return model, info  # type: ignore[return-value]
         asked_for = kwargs.get("ignore_mismatched_sizes") or pretrained_model_name_or_path is None
-        if info["missing_keys"] and not asked_for:
-            raise ValueError(_gaps(str(pretrained_model_name_or_path), cls.__name__, sorted(info["missing_keys"])))
+        missing = info["missing_keys"] | model.__dict__.pop("_missing_base_weights")
+        if missing and not asked_for:
+            raise ValueError(_gaps(str(pretrained_model_name_or_path), cls.__name__, sorted(missing)))
         return model
 
     @classmethod
     def _load_pretrained_model(cls, *args: object, **kwargs: object) -> tuple:
         files = kwargs["checkpoint_files"] if "checkpoint_files" in kwargs else args[2]
-        for file in files or ():
+        for file in files or ():  # type: ignore[attr-defined]
             check_safetensors(file)
         return super()._load_pretrained_model(*args, **kwargs)
 
+    @classmethod
+    def _finalize_model_loading(cls, model: PreTrainedModel, *args: object, **kwargs: object) -> object:
+        info = super()._finalize_model_loading(model, *args, **kwargs)
+        model._missing_base_weights = set(
+            info.missing_keys
+        )  # where an adapter is loaded, the caller hears of it alone
+        return info
+
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: object
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        variant: str | None = None,
+        **kwargs: object,
     ) -> None:
         """Save as in transformers, without ever leaving half a checkpoint.
 
@@ -95,11 +110,11 @@ class CheckpointMixin:
         own = {"AutoModel": "trunk.DuetMoeModel"}  # so that `AutoModel` finds the trunk without this package
         self.config.auto_map = own | (getattr(self.config, "auto_map", None) or {})
         if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(save_directory, is_main_process, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, variant=variant, **kwargs)
             return
         push = {name: kwargs.pop(name) for name in PUSH if name in kwargs}
-        with written_whole(Path(save_directory), kwargs.get("variant")) as folder:
-            super().save_pretrained(folder, is_main_process, **kwargs)
+        with written_whole(Path(save_directory), variant) as folder:
+            super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
         if push.pop("push_to_hub", False):
             shards = {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
             self.push_to_hub(push.pop("repo_id", Path(save_directory).name), **shards, **push)
@@ -178,6 +193,6 @@ def _move_up(unfinished: Path, folder: Path, variant: str | None) -> None:
 def _gaps(source: str, model: str, missing: list[str]) -> str:
     shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     return (
-        f"{source!r} lacks weights that {model} needs: {shown}. With random numbers there it would write nonsense: use "
-        "a whole checkpoint and the config it was saved with, or pass ignore_mismatched_sizes=True to train what lacks."
+        f"{source!r} lacks weights that {model} needs: {shown}. With random numbers there it would write nonsense: "
+        "use a whole checkpoint and the config it was saved with, or pass ignore_mismatched_sizes=True to train them."
     )

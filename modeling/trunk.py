@@ -10,7 +10,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -21,7 +20,7 @@ from .cache import DuetMoeCache
 from .configuration_duet_moe import DuetMoeConfig
 from .heads import ZeroLinear
 from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
-from .persistence import CheckpointMixin
+from .persistence import CheckedPreTrainedModel
 
 
 class DuetMoeRotaryEmbedding(MixtralRotaryEmbedding):
@@ -54,8 +53,8 @@ class DuetMoeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), num_experts_per_tok)
 
 
-class DuetMoePreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """Weights; loading and saving are in [`CheckpointMixin`]."""
+class DuetMoePreTrainedModel(CheckedPreTrainedModel):
+    """How weights start, and what the library may do with the model; loading and saving are in the parent."""
 
     config: DuetMoeConfig
     base_model_prefix = "model"
