@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from duet_moe.evaluation.measure import creative_diversity, fact_accuracy, held_out_prompts, speed, text_loss
-from duet_moe.finetune.corpus import RECIPES, read_sources
+from duet_moe.finetune.corpus import read_sources
 from duet_moe.finetune.packing import encode_corpus
 from duet_moe.finetune.settings import read_recipe
 from duet_moe.modeling.checkpoints import locate
@@ -89,13 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder that the recipe's paths start from; measures nothing when not given")
     parser.add_argument("--cache", default="runs/tokens", help="folder of tokenised text")
     parser.add_argument("--history", help="text file that says how the checkpoint was trained; kept in the folder")
-    parser.add_argument("--notes", help="text file about use, limits and data (the recipe's own); kept in the folder")
+    parser.add_argument("--notes", help="text file about use, limits and data; kept in the folder")
     parser.add_argument("--quick", action="store_true", help="measure a tenth, to try the path")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     folder = Path(locate(arguments.checkpoint))
-    notes = Path(arguments.notes or RECIPES / f"{arguments.recipe}.md")
-    told = {"history.md": arguments.history, "notes.md": notes if arguments.notes or notes.is_file() else None}
+    told = {"history.md": arguments.history, "notes.md": arguments.notes}
     files = {name: Path(path).read_text() for name, path in told.items() if path is not None}
     if arguments.data is not None:
         figures = measure(

@@ -1,8 +1,8 @@
 """Model cards.
 
 A card is made from what the checkpoint is (shape, modes) and from what its folder tells, each of it optional:
-`notes.md` (use, limits, training data with licences; its front matter goes into the metadata), `history.md` (how it was
-trained) and `evaluation.json` (what `python -m duet_moe.evaluation.card` measured).
+`notes.md` (use, limits, training data with licences; its front matter goes into the metadata), `history.md` (how it
+was trained) and `evaluation.json` (what `python -m duet_moe.evaluation.card` measured).
 """
 
 import json
@@ -63,7 +63,8 @@ def fill_empty_card(model: DuetMoeForCausalLM, working_dir: str | Path, repo_id:
     if EMPTY_CARD not in path.read_text(encoding="utf-8"):
         return
     card = model_card(model, repo_id)
-    card.data.tags = list(dict.fromkeys([*card.data.tags, *(ModelCard.load(path).data.tags or [])]))
+    asked_for = ModelCard.load(path).data.get("tags", [])
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *asked_for]))
     card.save(path)
 
 
