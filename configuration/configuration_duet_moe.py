@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 
 from .modes import BUILT_IN_MODES
 
+FORMAT_VERSION = 1  # of what save_pretrained writes; grows when an older version would misread a checkpoint
+
 
 class DuetMoeConfig(PreTrainedConfig):
     r"""Configuration of [`DuetMoeModel`] and [`DuetMoeForCausalLM`].
@@ -31,6 +33,7 @@ class DuetMoeConfig(PreTrainedConfig):
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
         head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
         default_mode (`str`): mode that [`Writer`] uses when a call names none.
+        format_version (`int`): of the checkpoint; one that is newer than this package is refused.
 
     Raises:
         ValueError: on a shape that cannot exist; the message has the bad value and what is allowed.
@@ -105,8 +108,27 @@ class DuetMoeConfig(PreTrainedConfig):
     plan_size: int = 32
     head_mix: float = 0.0
     default_mode: str = "creative"
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs: object) -> "DuetMoeConfig":
+        """Read what `to_dict` wrote, as in transformers.
+
+        Raises:
+            ValueError: if it is the configuration of another family, or none.
+        """
+        if (found := config_dict.get("model_type")) != cls.model_type:
+            raise ValueError(
+                f"This is not a Duet-MoE checkpoint: its config.json has model_type={found!r}, not {cls.model_type!r}."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: object) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version!r}: this checkpoint was saved by a newer version of duet-moe; "
+                f"this one reads up to {FORMAT_VERSION}. Upgrade it: pip install --upgrade duet-moe."
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:

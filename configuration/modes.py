@@ -88,6 +88,23 @@ BUILT_IN_MODES: dict[str, Mode] = {
 }
 
 
+def read_modes(saved: dict[str, dict] | None) -> dict[str, Mode]:
+    """Return the built-in modes and those saved with a checkpoint, which win.
+
+    Raises:
+        ValueError: if a saved mode has a setting that this version does not know, or a value out of range.
+    """
+    modes = dict(BUILT_IN_MODES)
+    for name, fields in (saved or {}).items():
+        if unknown := fields.keys() - Mode.__dataclass_fields__.keys():
+            raise ValueError(
+                f"Mode {name!r} has settings that this version of duet-moe does not know: {sorted(unknown)}. A newer "
+                "version saved it. Upgrade this one: pip install --upgrade duet-moe."
+            )
+        modes[name] = Mode(**fields)
+    return modes
+
+
 def resolve_mode(mode: str | Mode, known: dict[str, dict] | None = None) -> Mode:
     """Return the mode of that name, or the `Mode` itself.
 
@@ -95,12 +112,12 @@ def resolve_mode(mode: str | Mode, known: dict[str, dict] | None = None) -> Mode
         known (`dict[str, dict]`, *optional*): modes saved with a checkpoint; they win over the built-in ones.
 
     Raises:
-        ValueError: if no mode has that name.
+        ValueError: if no mode has that name, or a saved one has a setting that this version does not know.
         NotInThisVersionError: for `"auto"`.
     """
     if isinstance(mode, Mode):
         return mode
-    modes = BUILT_IN_MODES | {name: Mode(**fields) for name, fields in (known or {}).items()}
+    modes = read_modes(known)
     if mode in modes:
         return modes[mode]
     if mode == "auto":

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E4
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig  # noqa: E402
 from duet_moe.configuration.modes import Mode, NotInThisVersionError  # noqa: E402
+from duet_moe.modeling import hub as _hub  # noqa: E402
 from duet_moe.modeling.checkpoints import bundled  # noqa: E402
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM, DuetMoeModel  # noqa: E402
 from duet_moe.modeling.writer import Writer  # noqa: E402
@@ -20,6 +21,7 @@ AutoModelForCausalLM.register(DuetMoeConfig, DuetMoeForCausalLM, exist_ok=True)
 DuetMoeConfig.register_for_auto_class("AutoConfig")
 DuetMoeModel.register_for_auto_class("AutoModel")
 DuetMoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+DuetMoeForCausalLM.fill_card = _hub.fill_empty_card
 
 __all__ = [
     "DuetMoeConfig",

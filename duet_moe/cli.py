@@ -188,15 +188,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from duet_moe import DuetMoeForCausalLM, bundled
+    from duet_moe import DuetMoeForCausalLM
+    from duet_moe.modeling.checkpoints import locate
     from duet_moe.modeling.info import describe
 
-    folder = Path(arguments.model)
-    if not folder.is_dir() and "/" not in arguments.model:
-        folder = bundled(arguments.model)
-    is_local = folder.is_dir()
-    model = DuetMoeForCausalLM.from_pretrained(folder if is_local else arguments.model)
-    facts = describe(model, folder if is_local else None)
+    source = locate(arguments.model)
+    model = DuetMoeForCausalLM.from_pretrained(source)
+    facts = describe(model, source if Path(source).is_dir() else None)
     if arguments.json:
         print(json.dumps(facts))
         return

@@ -2,7 +2,9 @@
 
     python -m duet_moe.evaluation.card --checkpoint duet-mini --data DATA
 
-The figures go to `evaluation.json` in the checkpoint's folder, the card to its `README.md`.
+The figures go to `evaluation.json` in the checkpoint's folder, what is told of its training to `history.md` and
+`notes.md`, and the card, which `duet_moe.modeling.hub` makes of all three, to `README.md`. Without `--data` nothing is
+measured and the card is written from what is there.
 """
 
 import argparse
@@ -21,12 +23,12 @@ from duet_moe.evaluation.measure import creative_diversity, fact_accuracy, held_
 from duet_moe.finetune.corpus import read_sources
 from duet_moe.finetune.packing import encode_corpus
 from duet_moe.finetune.settings import read_recipe
-from duet_moe.modeling.checkpoints import bundled
+from duet_moe.modeling.checkpoints import locate
+from duet_moe.modeling.hub import write_card
 from duet_moe.modeling.info import describe
 from duet_moe.modeling.writer import Writer
 
 CREATIVE_SOURCES = ("written_stories", "written_short", "written_dialogue")
-TEMPLATE = Path(__file__).parent / "card_template.md"
 
 
 def measure(writer: Writer, recipe: str, data: str, cache: str, quick: bool = False, seed: int = 0) -> dict:
@@ -79,79 +81,31 @@ def environment() -> dict[str, str]:
     }
 
 
-def render(figures: dict, history: str) -> str:
-    """Fill the card's template; `history` says how the checkpoint was trained."""
-    facts, diversity = figures["facts"], figures["diversity"]
-    loss_rows = [
-        f"| {name} | {row['documents']:.0f} | {row['coherence_nats_per_token']:.3f} | "
-        f"{row['diversity_nats_per_token']:.3f} | {row['coherence_bits_per_byte']:.3f} | "
-        f"{row['diversity_bits_per_byte']:.3f} |"
-        for name, row in figures["loss"].items()
-    ]
-    fact_rows = [
-        f"| {name.replace('_', ' ')} | {row['questions']:.0f} | {row['factual']:.1%} | {row['creative']:.1%} |"
-        for name, row in facts.items()
-    ]
-    diversity_rows = [
-        f"| {name} | {row['distinct_2']:.3f} | {row['self_bleu']:.3f} | {row['repetition']:.3f} | {row['words']:.0f} |"
-        for name, row in diversity.items()
-    ]
-    counts = figures["model"]["parameters"]
-    shown = {
-        "history": history.strip(),
-        "parameters": f"{counts['total'] / 1e6:.1f}M total, {counts['active'] / 1e6:.1f}M active per token "
-        f"with {figures['model']['experts']}",
-        "shape": f"{figures['model']['layers']} layers, window {figures['model']['sliding_window']} of a context of "
-        f"{figures['model']['context']} tokens, vocabulary {figures['model']['vocabulary']}",
-        "loss_table": "\n".join(loss_rows),
-        "fact_table": "\n".join(fact_rows),
-        "diversity_table": "\n".join(diversity_rows),
-        "speed": ", ".join(f"{mode} {rate:.0f}" for mode, rate in figures["speed"].items()),
-        "environment": ", ".join(f"{name} {value}" for name, value in figures["environment"].items()),
-        "seed": str(figures["seed"]),
-        "date": figures["date"],
-        "factual_samples": _quoted(figures["samples"]["factual"]),
-        "creative_samples": _quoted(figures["samples"]["creative"]),
-    }
-    card = TEMPLATE.read_text()
-    for name, value in shown.items():
-        card = card.replace("{" + name + "}", value)
-    return card
-
-
-def _quoted(answers: Sequence[dict[str, str]]) -> str:
-    return "\n\n".join(
-        f"**{answer['prompt']}**\n\n" + "\n".join(f"> {line}".rstrip() for line in answer["text"].splitlines() or [""])
-        for answer in answers
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns the exit status."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint and write its model card.")
     parser.add_argument("--checkpoint", default="duet-mini", help="bundled name or folder")
     parser.add_argument("--recipe", default="mini", help="recipe whose sources and held-out sides are used")
-    parser.add_argument("--data", required=True, help="folder that the recipe's paths start from")
+    parser.add_argument("--data", help="folder that the recipe's paths start from; measures nothing when not given")
     parser.add_argument("--cache", default="runs/tokens", help="folder of tokenised text")
     parser.add_argument("--history", help="text file that says how the checkpoint was trained; kept in the folder")
+    parser.add_argument("--notes", help="text file about use, limits and data; kept in the folder")
     parser.add_argument("--quick", action="store_true", help="measure a tenth, to try the path")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    folder = Path(arguments.checkpoint)
-    folder = folder if folder.is_dir() else bundled(arguments.checkpoint)
-    writer = Writer.load(folder)
-    figures = measure(writer, arguments.recipe, arguments.data, arguments.cache, arguments.quick, arguments.seed)
-    history = Path(arguments.history) if arguments.history else folder / "history.md"
-    told = history.read_text() if history.is_file() else "Not recorded."
-    for name, content in (
-        ("evaluation.json", json.dumps(figures, indent=1) + "\n"),
-        ("history.md", told),
-        ("README.md", render(figures, told)),
-    ):
+    folder = Path(locate(arguments.checkpoint))
+    told = {"history.md": arguments.history, "notes.md": arguments.notes}
+    files = {name: Path(path).read_text() for name, path in told.items() if path is not None}
+    if arguments.data is not None:
+        figures = measure(
+            Writer.load(folder), arguments.recipe, arguments.data, arguments.cache, arguments.quick, arguments.seed
+        )
+        files["evaluation.json"] = json.dumps(figures, indent=1) + "\n"
+    for name, content in files.items():
         unfinished = folder / f".{name}.unfinished"
         unfinished.write_text(content)
         os.replace(unfinished, folder / name)
-    print(f"The card is {folder / 'README.md'}")
+    print(f"The card is {write_card(folder)}")
     return 0
 
 

@@ -20,8 +20,8 @@ from transformers.initialization import no_init_weights
 from duet_moe.configuration.modes import BUILT_IN_MODES, modes_as_dict
 from duet_moe.modeling.convert_families import duet_config, family_of, recipes
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
+from duet_moe.modeling.persistence import TRUNK_CLASS
 from duet_moe.modeling.shards import ShardSource, ShardWriter, read_json
-from duet_moe.modeling.trunk import TRUNK_CLASS
 from duet_moe.modeling.weights import ModelSource
 
 logger = logging.getLogger(__name__)

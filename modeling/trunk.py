@@ -11,7 +11,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -23,9 +22,8 @@ from .cache import DuetMoeCache
 from .configuration_duet_moe import DuetMoeConfig
 from .heads import ZeroLinear
 from .moe import DuetMoeExperts, DuetMoeSparseBlock, DuetMoeTopKRouter
+from .persistence import CheckedPreTrainedModel
 from .quantization import finish_quantized, reaching_experts
-
-TRUNK_CLASS = "trunk.DuetMoeModel"  # where a saved checkpoint keeps it
 
 
 class DuetMoeRotaryEmbedding(MixtralRotaryEmbedding):
@@ -58,8 +56,8 @@ class DuetMoeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), num_experts_per_tok)
 
 
-class DuetMoePreTrainedModel(PreTrainedModel):
-    """Weights, loading and saving."""
+class DuetMoePreTrainedModel(CheckedPreTrainedModel):
+    """How weights start, and what the library may do with the model; loading and saving are in the parent."""
 
     config: DuetMoeConfig
     base_model_prefix = "model"
@@ -94,11 +92,6 @@ class DuetMoePreTrainedModel(PreTrainedModel):
         if hasattr(model, "hf_quantizer"):
             finish_quantized(model)
         return loaded
-
-    def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Save as in transformers; the folder also tells where `AutoModel` finds the trunk without this package."""
-        self.config.auto_map = {"AutoModel": TRUNK_CLASS} | (getattr(self.config, "auto_map", None) or {})
-        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

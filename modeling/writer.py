@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from duet_moe.configuration.modes import BUILT_IN_MODES, Mode, NotInThisVersionError, resolve_mode
-from duet_moe.modeling.checkpoints import bundled
+from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
+from duet_moe.configuration.modes import Mode, NotInThisVersionError, read_modes, resolve_mode
+from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text, token_evidence
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 from duet_moe.modeling.stepping import Step, decoding_steps
@@ -38,8 +39,7 @@ class Writer:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        saved = getattr(model.generation_config, "modes", None) or {}
-        self.modes = BUILT_IN_MODES | {key: Mode(**fields) for key, fields in saved.items()}
+        self.modes = read_modes(getattr(model.generation_config, "modes", None))
 
     @classmethod
     def load(
@@ -57,7 +57,8 @@ class Writer:
             device: a GPU if there is one, when not given.
 
         Raises:
-            FileNotFoundError: if there is no such model; the message lists the bundled ones.
+            FileNotFoundError: if there is no such model, or it has no tokenizer.
+            OSError, ValueError: if the checkpoint is damaged, incomplete, of another family or of a newer version.
             NotInThisVersionError: for `voice` and `guardrails`.
         """
         if voice is not None:
@@ -66,19 +67,16 @@ class Writer:
             raise NotInThisVersionError("guardrails=", "Load the model without it.")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        source = str(name)
-        if not Path(source).is_dir() and "/" not in source:
-            source = str(bundled(source))
-        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise FileNotFoundError(f"No model in the folder {source!r}: it has no config.json.")
+        source = locate(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            DuetMoeConfig.from_pretrained(source)  # the first to say what is wrong with the checkpoint
+            tokenizer = _tokenizer(source)
             model = DuetMoeForCausalLM.from_pretrained(source, dtype=dtype)
         except OSError as error:
-            raise FileNotFoundError(
-                f"No model {str(name)!r}: it is neither bundled nor a folder with config.json, weights and tokenizer, "
-                f"nor could it be fetched from the Hub ({str(error).splitlines()[0]})"
-            ) from error
+            if Path(source).is_dir():
+                raise
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(f"{source!r} is no folder and was not loaded from the Hub: {reason}") from error
         return cls(model.to(device), tokenizer, Path(source).name)
 
     def write(
@@ -323,6 +321,16 @@ class _Row:
     def finished(self, max_new_tokens: int) -> Text:
         reason = "end" if self.ended else "length" if len(self.text.tokens) >= max_new_tokens else "stopped"
         return replace(self.text, finish_reason=reason)
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{source!r} has no tokenizer: save the one it was trained with beside it, "
+            f"tokenizer.save_pretrained({source!r})."
+        ) from error
 
 
 def _drawn(seed: int | None) -> int:
