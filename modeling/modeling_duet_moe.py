@@ -22,6 +22,8 @@ from .generation_duet_moe import DuetMoeGenerationMixin
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
 
+CONVERTER = "duet_moe.modeling.convert"  # in the package only: a saved checkpoint loads without it
+
 
 @dataclass
 class DuetMoeCausalLMOutput(MoeCausalLMOutputWithPast):
@@ -84,7 +86,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             ImportError: where only a saved checkpoint's own code is at hand, without the package duet-moe.
         """
         try:
-            converter = importlib.import_module("duet_moe.modeling.convert")
+            converter = importlib.import_module(CONVERTER)
         except ModuleNotFoundError as error:
             raise ImportError("from_causal_lm needs the whole package: pip install duet-moe") from error
         return converter.convert_model(hf_model, cls, **options)

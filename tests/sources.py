@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -16,6 +16,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from duet_moe import DuetMoeForCausalLM
+
+EXACT = dict(rtol=0.0, atol=1e-4)
 SHAPE = dict(
     vocab_size=320,
     hidden_size=32,
@@ -74,3 +77,14 @@ def save_source(model: PreTrainedModel, folder: Path, **how: object) -> Path:
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@torch.no_grad()
+def assert_answers_equal(model: DuetMoeForCausalLM, source: PreTrainedModel, length: int = 40) -> None:
+    """Compare logits of size 1 to 30 in every mix."""
+    ids = tokens(2, length)
+    expected = source(ids).logits
+    assert expected.std() > 0.5
+    for mix in (0.0, 1.0):
+        torch.testing.assert_close(model(ids, head_mix=mix).logits, expected, **EXACT)
+    torch.testing.assert_close(model(ids, head_mix=0.4).logits, expected.log_softmax(-1), **EXACT)
