@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -219,3 +220,13 @@ print(type(model).__module__)
 def test_a_quantised_model_is_not_cast(quantisable: Path) -> None:
     with pytest.raises(ValueError, match="cannot cast"):
         load(quantisable).to(torch.float16)
+
+
+def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "quantisation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S)[:2]:  # test_torchao.py has the third
+        exec(block, names)
+    assert len(experts_of(DuetMoeForCausalLM.from_pretrained("duet-mini-4bit"))) == 4
+    assert all("diversity_head" in name for name, p in names["tuned"].named_parameters() if p.requires_grad)
