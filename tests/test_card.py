@@ -134,11 +134,22 @@ def test_what_was_measured_is_what_the_hub_shows(tmp_path: Path) -> None:
     figures = json.loads((folder / "evaluation.json").read_text())
     shown = {(result.dataset_config, result.metric_name): result.metric_value
              for result in ModelCard(page).data.eval_results}  # fmt: skip
-    assert shown[("new_templates", "right answers, factual mode")] == figures["facts"]["new_templates"]["factual"]
+    for questions, row in figures["facts"].items():
+        for mode in ("factual", "creative"):
+            assert shown[(questions, f"right answers, {mode} mode")] == row[mode]
     assert len(shown) == 4
     assert "CIA World Factbook (public domain)" in page and "license: apache-2.0" in page
     assert f"--checkpoint\nduet-mini --data DATA --seed {figures['seed']}`" in page
     assert (folder / "notes.md").read_text() == notes.read_text()
+
+
+def test_a_local_folder_is_no_base_model(tmp_path: Path, tiny_writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_writer.model.save_pretrained("runs/mine")
+    model = type(tiny_writer.model).from_pretrained("runs/mine")
+    assert hub.model_card(model, "me/mine").data.get("base_model") is None
+    model.config.name_or_path = "someone/theirs"
+    assert hub.model_card(model, "me/mine").data.get("base_model") == "someone/theirs"
 
 
 def test_no_card_is_made_for_what_is_no_checkpoint(tmp_path: Path) -> None:

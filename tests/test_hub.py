@@ -110,6 +110,7 @@ def test_a_saved_folder_is_self_contained(saved: Path) -> None:
             path.name
         )
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "trunk.DuetMoeModel"
     assert {"AutoConfig", "AutoModelForCausalLM"} <= auto_map.keys()
 
 
