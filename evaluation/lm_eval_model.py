@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on Duet-MoE, in any mode.
 
 The harness has no place for models of other packages, so this module registers `duet_moe` and then is its command
-line: `python -m duet_moe.evaluation.lm_eval_model --model duet_moe --model_args pretrained=duet-mini,mode=creative ...`.
+line: `python -m duet_moe.evaluation.lm_eval_model --model duet_moe --model_args pretrained=NAME,mode=creative ...`.
 """
 
 from pathlib import Path

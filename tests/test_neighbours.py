@@ -60,7 +60,7 @@ def test_an_adapter_loads_by_itself_and_leaves_factual_mode_alone(adapter: Path)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cpu", ["60KB", "90KB"])  # all on disk, part on disk
+@pytest.mark.parametrize("cpu", ["60KB", "90KB"])  # all lies on disk, or a part
 def test_a_model_that_lies_on_disk_answers_bit_for_bit(tmp_path: Path, cpu: str) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'duet-moe[finetune]'")
     model, ids = tiny_model(num_hidden_layers=4), tokens(2, 12)
@@ -95,9 +95,22 @@ def test_decode_steps_compile_to_one_graph_without_a_break(model: DuetMoeForCaus
         model(ids[:, :6], cache=cache)
     for step in range(6, 18):  # crosses the window
         token = ids[:, step : step + 1]
-        found, expected = (m(token, cache=c, **settings).logits for m, c in zip((compiled, model), caches, strict=True))
+        found, expected = (
+            m(token, cache=c, **settings).logits for m, c in zip((compiled, model), caches, strict=True)
+        )
         torch.testing.assert_close(found, expected, **CLOSE)
     assert 1 <= len(graphs) <= 3  # the first step, then lengths as numbers that vary, then the full ring
+
+
+@torch.no_grad()
+def test_a_mix_given_as_a_tensor_needs_one_graph_for_all(model: DuetMoeForCausalLM) -> None:
+    torch.compiler.reset()
+    compiled, ids = torch.compile(model, backend="eager", fullgraph=True), tokens(2, 6)
+    for values in ([0.0, 1.0], [0.4, 0.4]):
+        mix = torch.tensor(values)
+        with torch.compiler.set_stance("fail_on_recompile" if values[0] else "default"):
+            found = compiled(ids, head_mix=mix).logits
+        torch.testing.assert_close(found, model(ids, head_mix=mix).logits, **CLOSE)
 
 
 @torch.no_grad()
@@ -117,7 +130,9 @@ def test_a_compiled_model_equals_eager_in_every_mix_and_generates(model: DuetMoe
 def test_inductor_equals_eager() -> None:
     torch.compiler.reset()
     model, ids = tiny_model(num_hidden_layers=1), tokens(2, 12)
-    torch.testing.assert_close(torch.compile(model)(ids, head_mix=0.4).logits, model(ids, head_mix=0.4).logits, **CLOSE)
+    torch.testing.assert_close(
+        torch.compile(model)(ids, head_mix=0.4).logits, model(ids, head_mix=0.4).logits, **CLOSE
+    )
 
 
 def exported(model: DuetMoeForCausalLM, strict: bool = False, **inputs: torch.Tensor) -> ExportedProgram:

