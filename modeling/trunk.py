@@ -153,8 +153,8 @@ class DuetMoeModel(DuetMoePreTrainedModel):
             pieces = list(zip(*chunks, strict=True))
             filled = DuetMoeCache(self.config) if cache is None else cache
         states = [
-            self._run_layers(*piece, attention_mask, document_ids, filled, num_experts_per_tok, **kwargs)
-            for piece in pieces
+            self._run_layers(embeds, positions, attention_mask, document_ids, filled, num_experts_per_tok, **kwargs)
+            for embeds, positions in pieces
         ]
         return MoeModelOutputWithPast(
             last_hidden_state=states[0] if len(states) == 1 else torch.cat(states, dim=1),
