@@ -96,6 +96,7 @@ def attention_masks(
             config._attn_implementation == "sdpa"
             and padding_mask is None
             and document_ids is None
+            and not torch.compiler.is_exporting()  # an exported program serves lengths on both sides of the window
             and queries == len(keys) <= (window or queries)
         ):
             masks[layer_type] = None

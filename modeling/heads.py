@@ -47,8 +47,12 @@ class DuetMoeHead(nn.Module):
             states = states * (1 + scale) + shift
         return self.norm(states)
 
-    def forward(self, hidden_states: torch.Tensor, plan: torch.Tensor | None = None) -> torch.Tensor:
-        return self.unembed(self.features(hidden_states, plan))
+    def forward(
+        self, hidden_states: torch.Tensor, plan: torch.Tensor | None = None, only_features: bool = False
+    ) -> torch.Tensor:
+        """Return logits (..., vocab), or with `only_features` what `unembed` would multiply (..., hidden)."""
+        features = self.features(hidden_states, plan)
+        return features if only_features else self.unembed(features)
 
 
 def mix_logits(

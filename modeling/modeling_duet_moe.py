@@ -39,6 +39,47 @@ class DuetMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     diversity_logits: torch.Tensor | None = None
 
 
+class DuetMoeHeadStates:
+    """The model short of an output matrix, which is what other libraries take `base_model` for.
+
+    TRL's trainers do not call `forward`: they multiply `base_model(...).last_hidden_state` by the weight of
+    `get_output_embeddings()`. Of the bare trunk that would leave out a head's adapter and norm and train a wrong model
+    without a word; here it gives the logits of the head that `config.head_mix` names. All else is the trunk's.
+    """
+
+    def __init__(self, model: "DuetMoeForCausalLM"):
+        self._model = model
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model.model, name)
+
+    def __call__(self, *args: object, **kwargs: object) -> MoeModelOutputWithPast:
+        """Return the trunk's output, `last_hidden_state` (batch, seq, hidden) being what `unembed` multiplies.
+
+        Raises:
+            ValueError: if `config.head_mix` names no single head, or one that training cannot change.
+            TypeError: on an argument of the heads, whose settings cannot differ from call to call here.
+        """
+        model = self._model
+        if model.config.head_mix not in (0, 1):
+            raise ValueError(
+                f"config.head_mix={model.config.head_mix} joins both heads, and this library computes its loss from "
+                "one output matrix: set config.head_mix to 0.0 (coherence head) or 1.0 (diversity head)."
+            )
+        if own := kwargs.keys() & {"head_mix", "plan", "plan_guidance", "plausible_min", "output_head_logits"}:
+            raise TypeError(f"base_model does not take {sorted(own)}: set config.head_mix to 0.0 or 1.0 instead.")
+        head = model._configured_head()
+        used = (weight for part in (head, model.model) for weight in part.parameters())
+        if model.training and torch.is_grad_enabled() and not any(weight.requires_grad for weight in used):
+            raise ValueError(
+                f"Nothing that config.head_mix={model.config.head_mix} uses can be trained: set it to the head whose "
+                "weights are trainable, 0.0 for the coherence head or 1.0 for the diversity head."
+            )
+        outputs = model.model(*args, **kwargs)
+        outputs.last_hidden_state = head(outputs.last_hidden_state, only_features=True)
+        return outputs
+
+
 class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
     """Trunk and two heads.
 
@@ -91,19 +132,28 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             raise ImportError("from_causal_lm needs the whole package: pip install duet-moe") from error
         return converter.convert_model(hf_model, cls, **options)
 
+    @property
+    def base_model(self) -> DuetMoeHeadStates:
+        """All but the output matrix that `get_output_embeddings` returns; the trunk alone is `model`."""
+        return DuetMoeHeadStates(self)
+
+    def _configured_head(self) -> DuetMoeHead:
+        return self.diversity_head if self.config.head_mix == 1 else self.coherence_head
+
     def get_output_embeddings(self) -> nn.Linear:
-        return self.coherence_head.unembed
+        return self._configured_head().unembed
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.coherence_head.unembed = new_embeddings
+        self._configured_head().unembed = new_embeddings
 
     def _resize_token_embeddings(
         self, new_num_tokens: int, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        trainable = self.diversity_head.unembed.weight.requires_grad
-        self.diversity_head.unembed = self._get_resized_lm_head(
-            self.diversity_head.unembed, embeddings.weight.shape[0], mean_resizing=mean_resizing
+        other = self.coherence_head if self.config.head_mix == 1 else self.diversity_head
+        trainable = other.unembed.weight.requires_grad
+        other.unembed = self._get_resized_lm_head(
+            other.unembed, embeddings.weight.shape[0], mean_resizing=mean_resizing
         ).requires_grad_(trainable)
         return embeddings
 

@@ -160,24 +160,17 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
             attention_mask = None if attention_mask.ndim == 2 else attention_mask
 
-        filled, size = cache, length
+        pieces, filled = [(inputs_embeds, position_ids)], cache
         if self._passes_in_chunks(length, attention_mask, kwargs):
-            size = self.config.prompt_chunk_size
+            chunks = (tensor.split(self.config.prompt_chunk_size, dim=1) for tensor in pieces[0])
+            pieces = list(zip(*chunks, strict=True))
             filled = DuetMoeCache(self.config) if cache is None else cache
-        pieces = [
-            self._run_layers(
-                inputs_embeds[:, start : start + size],
-                position_ids[:, start : start + size],
-                attention_mask,
-                document_ids,
-                filled,
-                num_experts_per_tok,
-                **kwargs,
-            )
-            for start in range(0, length, size)
+        states = [
+            self._run_layers(embeds, positions, attention_mask, document_ids, filled, num_experts_per_tok, **kwargs)
+            for embeds, positions in pieces
         ]
         return MoeModelOutputWithPast(
-            last_hidden_state=pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1),
+            last_hidden_state=states[0] if len(states) == 1 else torch.cat(states, dim=1),
             cache=cache,
         )
 
@@ -196,6 +189,8 @@ class DuetMoeModel(DuetMoePreTrainedModel):
         return torch.tensor(values, device=device) if isinstance(values, list) else values
 
     def _passes_in_chunks(self, length: int, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
+        if torch.compiler.is_exporting():  # one program for all lengths
+            return False
         recorded = any(kwargs.get(f"output_{name}") for name in self._can_record_outputs)
         ready_mask = attention_mask is not None and attention_mask.ndim == 4
         return length > self.config.prompt_chunk_size and not (torch.is_grad_enabled() or recorded or ready_mask)

@@ -157,9 +157,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [120, 60])
-def test_resizing_the_vocabulary_resizes_both_heads(size: int, tmp_path: Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize(("size", "head_mix"), [(120, 0.0), (60, 0.0), (60, 1.0)])
+def test_resizing_the_vocabulary_resizes_both_heads(size: int, head_mix: float, tmp_path: Path) -> None:
+    model = tiny_model(head_mix=head_mix)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.diversity_head.unembed.requires_grad_(False)
     model.resize_token_embeddings(size)
@@ -182,6 +182,16 @@ def test_resizing_the_vocabulary_resizes_both_heads(size: int, tmp_path: Path) -
 def test_a_vocabulary_can_be_padded_to_a_multiple(model: DuetMoeForCausalLM) -> None:
     model.resize_token_embeddings(97, pad_to_multiple_of=64)
     assert model.coherence_head.unembed.weight.shape == model.diversity_head.unembed.weight.shape == (128, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_mix", [0.0, 1.0])
+def test_base_model_and_output_embeddings_give_the_configured_head(head_mix: float) -> None:
+    model, ids = tiny_model(head_mix=head_mix), tokens(2, 9)
+    states = model.base_model(ids).last_hidden_state
+    assert torch.equal(model.get_output_embeddings()(states), model(ids).logits)
+    assert model.base_model.layers is model.model.layers
+    assert model.get_decoder() is model.model
 
 
 @torch.no_grad()
