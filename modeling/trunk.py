@@ -5,6 +5,8 @@ without a cache mark packed documents, which do not see each other. The experts,
 are in moe.py.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -80,7 +82,7 @@ class DuetMoePreTrainedModel(CheckedPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *args: object, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: object
+        cls, *args: Any, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: Any
     ) -> "DuetMoePreTrainedModel":
         """Load as in transformers; a `quantization_config` reaches the experts and never the heads.
 

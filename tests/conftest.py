@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from duet_moe import DuetMoeConfig, DuetMoeForCausalLM, Writer  # noqa: E402
 
+torch.set_num_threads(1)  # models of this size only wait for more of them
+
 # No deadline: a slow machine is not a failure. Derandomised: a failure is one on every machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
