@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.extra = extra
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"duet {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -128,7 +128,7 @@ def test_what_was_measured_is_what_the_hub_shows(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("config.json", "generation_config.json", "evaluation.json", "history.md"):
         shutil.copy(bundled("duet-mini") / name, folder)
-    notes = Path(__file__).resolve().parent.parent / "finetune" / "recipes" / "mini.md"
+    notes = bundled("duet-mini") / "notes.md"
     assert card.main(["--checkpoint", str(folder), "--notes", str(notes)]) == 0
     page = (folder / "README.md").read_text()
     figures = json.loads((folder / "evaluation.json").read_text())

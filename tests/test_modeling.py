@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import CLOSE, SHAPE, tiny_config, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from duet_moe import DuetMoeForCausalLM, DuetMoeModel, NotInThisVersionError
+from duet_moe import DuetMoeForCausalLM, DuetMoeModel
 from duet_moe.modeling import modeling_duet_moe
 from duet_moe.modeling.cache import DuetMoeCache
 
@@ -247,11 +247,6 @@ def test_the_auto_classes_know_the_model() -> None:
     config = tiny_config()
     assert type(AutoModelForCausalLM.from_config(config)) is DuetMoeForCausalLM
     assert type(AutoModel.from_config(config)) is DuetMoeModel
-
-
-def test_conversion_says_that_it_belongs_to_a_later_version(model: DuetMoeForCausalLM) -> None:
-    with pytest.raises(NotInThisVersionError, match="not in this version"):
-        DuetMoeForCausalLM.from_causal_lm(model)
 
 
 def test_the_example_in_the_documentation_runs() -> None:
