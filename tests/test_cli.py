@@ -95,3 +95,14 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture) -> None:
             make_parser().parse_args([name, "--help"])
         assert stop.value.code == 0
     assert "--recipe" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ImportError("needs bitsandbytes: pip install -U bitsandbytes")
+
+    monkeypatch.setattr("duet_moe.DuetMoeForCausalLM.from_pretrained", fail)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "duet info: needs bitsandbytes: pip install -U bitsandbytes\n"
