@@ -32,7 +32,7 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def bytes_by_group(model: PreTrainedModel) -> dict[str, int]:
-    """Return the bytes of all saved tensors by group, scales of quantised weights included.
+    """Return the bytes of all saved tensors by group, scales of quantised weights included, on this rank.
 
     Args:
         model ([`DuetMoeForCausalLM`] or [`DuetMoeModel`]): quantised or not, on any device.
@@ -48,9 +48,10 @@ def bytes_by_group(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    # torchao's tensors say the bytes of what they stand for, not of what they hold
-    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return sum(_bytes(getattr(tensor, part)) for part in parts) if parts else tensor.nbytes
+    # torchao's tensors say the bytes of what they stand for, not of what they hold; sharded ones those of all ranks
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    parts = [part for name in names if isinstance(part := getattr(tensor, name), torch.Tensor)]
+    return sum(map(_bytes, parts)) if parts else tensor.nbytes
 
 
 def footprint_table(model: PreTrainedModel) -> str:

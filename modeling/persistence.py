@@ -67,7 +67,7 @@ class CheckedPreTrainedModel(PreTrainedModel):
         if output_loading_info:
             return model, info  # type: ignore[return-value]
         asked_for = kwargs.get("ignore_mismatched_sizes") or pretrained_model_name_or_path is None
-        missing = info["missing_keys"] | model.__dict__.pop("_missing_base_weights")
+        missing = info["missing_keys"] | model.__dict__.pop("_missing_base_weights", set())
         if missing and not asked_for:
             raise ValueError(_gaps(str(pretrained_model_name_or_path), cls.__name__, sorted(missing)))
         return model

@@ -92,9 +92,15 @@ class DuetMoeTest(
         ConfigTester(self, config_class=DuetMoeConfig, hidden_size=32, num_attention_heads=2).run_common_tests()
 
 
-TIED = ("ep_forward_3", "ep_forward_4", "ep_forward_5", "tp_forward_1", "fsdp2_plan_vs_ddp_1_tied",
-        "fsdp2_sharding_structure_1_tied")  # fmt: skip
-for name in TIED:
-    test = getattr(DuetMoeTest, f"test_{name}")
-    reason = "each head owns its output matrix: the configuration refuses tied embeddings"
-    setattr(DuetMoeTest, f"test_{name}", unittest.skip(reason)(test))
+TIED = "each head owns its output matrix: the configuration refuses tied embeddings"
+REFUSED = {
+    "test_ep_forward_3": TIED,
+    "test_ep_forward_4": TIED,
+    "test_ep_forward_5": TIED,
+    "test_tp_forward_1": TIED,
+    "test_fsdp2_plan_vs_ddp_1_tied": TIED,
+    "test_fsdp2_sharding_structure_1_tied": TIED,
+    "test_tp_generation_quantized": "its TorchAoConfig leaves the experts unquantised: loading refuses that",
+}
+for name, reason in REFUSED.items():
+    setattr(DuetMoeTest, name, unittest.skip(reason)(getattr(DuetMoeTest, name)))
