@@ -35,8 +35,8 @@ logger = logging.get_logger("transformers.duet_moe")  # follows the verbosity th
 HEADS = ("coherence_head", "diversity_head")
 METHODS = {"duet_moe_bnb_4bit": "load_in_4bit", "duet_moe_bnb_8bit": "load_in_8bit"}  # `quant_method` in config.json
 POSSIBLE = (
-    "Possible are BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True), and TorchAoConfig(FqnToConfig(...)) "
-    r"with an entry for 're:.*experts\.\w+_proj'; see docs/quantisation.md."
+    "Possible are BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True), and TorchAoConfig; in an FqnToConfig "
+    r"the experts are 're:.*experts\.\w+_proj'. See docs/quantisation.md."
 )
 
 
@@ -87,11 +87,21 @@ def reaching_experts(config: QuantizationConfigMixin | dict | None) -> Quantizat
         method = getattr(chosen.quant_method, "value", chosen.quant_method)
         raise ValueError(f"quant_method={method!r} knows only nn.Linear layers, so the experts would stay. {POSSIBLE}")
     if isinstance(chosen, TorchAoConfig):
-        chosen = copy.copy(chosen)
-        chosen.modules_to_not_convert = list(dict.fromkeys([*(chosen.modules_to_not_convert or ()), *HEADS]))
+        chosen = _torchao_reaching_experts(chosen)
     if isinstance(chosen, BitsAndBytesConfig) and chosen.quant_method not in METHODS:
         chosen = DuetMoeBitsAndBytesConfig(**chosen.to_dict())
     return chosen
+
+
+def _torchao_reaching_experts(config: TorchAoConfig) -> TorchAoConfig:
+    """Return a copy that leaves the heads alone; a single choice becomes one for experts and linear layers alike."""
+    from torchao.quantization import FqnToConfig
+
+    config = copy.copy(config)
+    config.modules_to_not_convert = list(dict.fromkeys([*(config.modules_to_not_convert or ()), *HEADS]))
+    if not isinstance(config.quant_type, FqnToConfig):
+        config.quant_type = FqnToConfig({r"re:.*_proj": config.quant_type})
+    return config
 
 
 def finish_quantized(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 def torchao_int8() -> TorchAoConfig:
     """Return the configuration that docs/quantisation.md shows."""
     page = (Path(__file__).parent.parent / "docs" / "quantisation.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "FqnToConfig" in block)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "TorchAoConfig" in block)
     names: dict = {}
     exec(code.split("model =")[0], names)
     return names["config"]
@@ -42,13 +42,24 @@ def test_torchao_reaches_experts_and_attention_and_comes_back_bit_for_bit(quanti
     assert packed < sizes["experts"] < 1.1 * packed
 
 
-def test_torchao_without_entries_for_experts_is_refused(quantisable: Path) -> None:
+@pytest.mark.parametrize("kind", ["Float8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_other_kinds_of_torchao_reach_the_experts_too(kind: str, quantisable: Path) -> None:
+    import torchao.quantization
+
+    config = TorchAoConfig(getattr(torchao.quantization, kind)())
+    model = DuetMoeForCausalLM.from_pretrained(quantisable, quantization_config=config)
+    require_quantized_experts(model)
+    whole = logits(DuetMoeForCausalLM.from_pretrained(quantisable)).float()
+    assert 0 < (logits(model).float() - whole).norm() / whole.norm() < 0.1
+
+
+def test_a_choice_by_name_without_experts_is_refused(quantisable: Path) -> None:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
     int8 = Int8WeightOnlyConfig()
-    for kind in (int8, FqnToConfig({"_default": int8, r"re:.*experts\.down_proj": int8})):
-        with pytest.raises(ValueError, match=r"experts\.gate_up_proj stayed in bfloat16.*FqnToConfig"):
-            DuetMoeForCausalLM.from_pretrained(quantisable, quantization_config=TorchAoConfig(kind))
+    kind = FqnToConfig({r"re:.*self_attn\.\w+_proj": int8, r"re:.*experts\.down_proj": int8})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj stayed in bfloat16.*FqnToConfig"):
+        DuetMoeForCausalLM.from_pretrained(quantisable, quantization_config=TorchAoConfig(kind))
 
 
 def test_torchao_never_touches_the_heads(quantisable: Path) -> None:

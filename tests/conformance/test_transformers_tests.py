@@ -100,7 +100,6 @@ REFUSED = {
     "test_tp_forward_1": TIED,
     "test_fsdp2_plan_vs_ddp_1_tied": TIED,
     "test_fsdp2_sharding_structure_1_tied": TIED,
-    "test_tp_generation_quantized": "its TorchAoConfig leaves the experts unquantised: loading refuses that",
 }
 for name, reason in REFUSED.items():
     setattr(DuetMoeTest, name, unittest.skip(reason)(getattr(DuetMoeTest, name)))
