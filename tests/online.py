@@ -23,6 +23,7 @@ for line in sys.stdin:
     print(json.dumps(answer), file=answers, flush=True)
 """
 BLOCK = """
+import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name == "duet_moe" or name.startswith("duet_moe."):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from online import BLOCK
 from tiny import tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -38,14 +39,6 @@ except RuntimeError as error:
     refusal = str(error)
 print(json.dumps({"same": same, "text": torch.equal(text, expected["text"]), "module": type(model).__module__,
                   "config": type(config).__module__, "refusal": refusal}))
-"""
-BLOCK = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name == "duet_moe" or name.startswith("duet_moe."):
-            raise ImportError("duet_moe is not installed here")
-sys.meta_path.insert(0, Blocked())
 """
 
 

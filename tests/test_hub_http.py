@@ -273,6 +273,13 @@ def test_a_server_that_fails_half_way_through_loading_gives_no_model(online: Onl
         online.run(PUSH + 'load("me/failing")')
 
 
+def test_a_repository_that_one_may_not_read_is_named(online: Online, hub: FakeHub) -> None:
+    online.run(PUSH + 'push("me/closed")')
+    hub.faults.status = {"/me/closed": 401, "/api/models/me/closed": 401}
+    with pytest.raises(RemoteError, match=r"trying to load me/closed:\s+.*401 Unauthorized"):
+        online.run(PUSH + 'load("me/closed")')
+
+
 def test_the_examples_of_the_docs_run_in_order(online: Online, hub: FakeHub) -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "hub.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
