@@ -9,12 +9,12 @@ go to standard output, and with hardware and versions to `benchmarks/results/`.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from result_file import write_result
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "llama", "mistral")
 MODES = ("factual", "creative", "0.5")
@@ -134,22 +134,7 @@ def main() -> None:
         converted = [row(name, folders[name], Path(work) / f"{name}-duet") for name in FAMILIES]
         exported = [row(mode, folders["duet"], Path(work) / f"mixtral-{mode}", mode) for mode in MODES]
     print(table("converted from", converted), table("exported", exported), sep="\n\n")
-    import safetensors
-    import torch
-    import transformers
-
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "converted": converted,
-        "exported": exported,
-    }
-    out = Path(__file__).parent / "results" / "conversion.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("conversion", {"converted": converted, "exported": exported}, ("safetensors",))
 
 
 if __name__ == "__main__":

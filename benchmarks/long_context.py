@@ -2,26 +2,24 @@
 
     python benchmarks/long_context.py
 
-Every measurement is a process of its own, so that peak memory is its own. The lengths take turns, three rounds;
-reported are the median times and the largest memory. A result file with hardware and versions goes to
-`benchmarks/results/`.
+Every measurement is a process of its own, so that peak memory is its own. The lengths take turns; reported are medians
+with the smallest and the largest value. A result file with hardware and versions goes to `benchmarks/results/`.
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from result_file import write_result
 
 LENGTHS = (16_384, 32_768, 65_536, 131_072)
 WINDOW = 4096
 DECODED = 64
-ROUNDS = 3
+ROUNDS = 9
 
 
 def measure(length: int) -> dict[str, float]:
@@ -60,10 +58,13 @@ def measure(length: int) -> dict[str, float]:
     }
 
 
-def summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Return the median of every time, and the largest memory and cache."""
-    choose = {name: statistics.median if name.startswith(("prefill", "decode")) else max for name in runs[0]}
-    return {name: chosen(run[name] for run in runs) for name, chosen in choose.items()}
+def summary(runs: list[dict[str, float]]) -> dict[str, float | list[float]]:
+    """Return the median of every figure, and the smallest and the largest as `NAME_range`."""
+    medians: dict[str, float | list[float]] = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        medians |= {name: statistics.median(values), f"{name}_range": [min(values), max(values)]}
+    return {name: value for name, value in medians.items() if name not in ("tokens_range", "cache_bytes_range")}
 
 
 def main() -> None:
@@ -74,9 +75,6 @@ def main() -> None:
     if arguments.length:
         print(json.dumps(measure(arguments.length)))
         return
-    import torch
-    import transformers
-
     runs: dict[int, list[dict[str, float]]] = {length: [] for length in LENGTHS}
     for _ in range(ROUNDS):
         for length in LENGTHS:
@@ -88,18 +86,7 @@ def main() -> None:
     for before, row in zip([None, *rows], rows, strict=False):
         growth = f"{row['prefill_seconds'] / before['prefill_seconds']:.2f}x" if before else "-"
         print(row | {"growth": growth})
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "window": WINDOW,
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    out = Path(__file__).parent / "results" / "long_context.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("long_context", {"window": WINDOW, "rounds": ROUNDS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,27 +8,23 @@ checkpoint, saved, and loaded again. Needs bitsandbytes and torchao. A result fi
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from result_file import write_result
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from duet_moe import DuetMoeConfig, DuetMoeForCausalLM, bundled
-from duet_moe.evaluation.card import environment
 from duet_moe.finetune.corpus import read_sources
 from duet_moe.finetune.heldout import heldout_losses
 from duet_moe.finetune.packing import TokenStore, encode_corpus
 from duet_moe.finetune.settings import read_recipe
 from duet_moe.modeling.footprint import bytes_by_group
 
-INT8 = Int8WeightOnlyConfig()
 BF16 = torch.bfloat16
 FORMS = {
     "bf16": None,
@@ -38,9 +34,7 @@ FORMS = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=BF16, bnb_4bit_use_double_quant=True
     ),
     "4-bit, defaults": BitsAndBytesConfig(load_in_4bit=True),  # fp4, computed in float32
-    "torchao int8": TorchAoConfig(
-        FqnToConfig({r"re:.*experts\.\w+_proj": INT8, r"re:.*self_attn\.[qkvo]_proj": INT8})
-    ),
+    "torchao int8": TorchAoConfig(Int8WeightOnlyConfig()),
 }
 # Mixtral 8x7B with every width divided by 16, so that the groups weigh what they do there.
 SHRINK = 16
@@ -162,16 +156,13 @@ def main() -> None:
     print(table(rows, mixtral))
     full = mixtral_full()
     print(f"Mixtral 8x7B's own shape in 4 bits: {full['total'] / 1e9:.1f} GB of {full['bf16_total'] / 1e9:.1f} GB")
-    libraries = {name: version(name) for name in ("bitsandbytes", "torchao")}
-    result = {
-        "environment": environment() | libraries,
+    figures = {
         "documents_per_source": arguments.documents,
         "rows": rows,
         "mixtral_shape_divided_by_16": mixtral,
         "mixtral_shape_4_bit_by_arithmetic": full,
     }
-    out = Path(__file__).parent / "results" / "quantization.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("quantization", figures, ("bitsandbytes", "torchao"))
 
 
 if __name__ == "__main__":
