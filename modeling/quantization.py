@@ -7,6 +7,7 @@ bitsandbytes through transformers' integration and the operators that it registe
 """
 
 import copy
+import importlib
 import logging as python_logging
 
 import torch
@@ -95,12 +96,11 @@ def reaching_experts(config: QuantizationConfigMixin | dict | None) -> Quantizat
 
 def _torchao_reaching_experts(config: TorchAoConfig) -> TorchAoConfig:
     """Return a copy that leaves the heads alone; a single choice becomes one for experts and linear layers alike."""
-    from torchao.quantization import FqnToConfig
-
+    by_name = importlib.import_module("torchao.quantization").FqnToConfig  # only who has torchao comes here
     config = copy.copy(config)
     config.modules_to_not_convert = list(dict.fromkeys([*(config.modules_to_not_convert or ()), *HEADS]))
-    if not isinstance(config.quant_type, FqnToConfig):
-        config.quant_type = FqnToConfig({r"re:.*_proj": config.quant_type})
+    if not isinstance(config.quant_type, by_name):
+        config.quant_type = by_name({r"re:.*_proj": config.quant_type})
     return config
 
 

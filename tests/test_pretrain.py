@@ -183,7 +183,9 @@ def test_a_run_that_is_killed_goes_on_to_the_very_same_weights(recipe: dict, tmp
 def test_a_run_that_is_asked_to_stop_saves_where_it_is(
     recipe: dict, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, run = signal.getsignal(signal.SIGTERM), trainer(recipe, tmp_path)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background starts without it
+    run = trainer(recipe, tmp_path)
     train_step = run._train_step
 
     def step() -> dict[str, float]:
@@ -196,7 +198,8 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is(
         with pytest.raises(KeyboardInterrupt):
             run.run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     assert [path.name for path in (tmp_path / "run").glob("*-00*")] == ["checkpoint-0000002"]
 
 
