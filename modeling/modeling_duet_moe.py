@@ -177,6 +177,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         plan_guidance: float | torch.Tensor = 0.0,
         plausible_min: float | torch.Tensor = 0.0,
         output_head_logits: bool = False,
+        trunk_states: torch.Tensor | None = None,
         **kwargs: object,
     ) -> DuetMoeCausalLMOutput:
         """Run trunk and heads.
@@ -192,6 +193,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             plan_guidance (`float` or `torch.Tensor` of shape (batch,)): weight of decode rule R2.
             plausible_min (`float` or `torch.Tensor` of shape (batch,)): share of decode rule R1, in [0, 1].
             output_head_logits (`bool`): also return each head's own logits.
+            trunk_states (`torch.Tensor` of shape (batch, seq, hidden), *optional*): what `model.model` gave before, in
+                place of `input_ids`: only the heads are run.
 
         Raises:
             ValueError: on a mix outside [0, 1], a plan of another width or an impossible number of experts.
@@ -201,17 +204,22 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             raise TypeError(f"{type(self).__name__}.forward does not know the arguments {sorted(unknown)}.")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        outputs: MoeModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            num_experts_per_tok=num_experts_per_tok,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
+        if trunk_states is None:
+            outputs: MoeModelOutputWithPast = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                num_experts_per_tok=num_experts_per_tok,
+                output_router_logits=output_router_logits,
+                **kwargs,
+            )
+        elif input_ids is not None or inputs_embeds is not None or output_router_logits:
+            raise ValueError("trunk_states stand in for the trunk: leave out input_ids, inputs_embeds, router logits.")
+        else:
+            outputs = MoeModelOutputWithPast(last_hidden_state=trunk_states)
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         head_mix = self._per_token(
             self.config.head_mix if head_mix is None else head_mix, hidden_states, logits_to_keep
