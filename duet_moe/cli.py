@@ -99,6 +99,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--temperature", type=float)
+    parser.add_argument("--voice", metavar="NAME", help="a voice of the store, or the folder of one")
+    parser.add_argument("--store", metavar="DIR", help="folder of the voice store ($DUET_MOE_VOICES, or your own)")
     parser.add_argument("--experts", type=int, dest="num_experts_per_tok", metavar="K", help="active experts a token")
     parser.add_argument("--json", action="store_true", help="print text, tokens and both heads' evidence as JSON")
 
@@ -142,7 +144,7 @@ def _write(arguments: argparse.Namespace) -> None:
 
     from duet_moe import Writer
 
-    writer = Writer.load(arguments.model)
+    writer = Writer.load(arguments.model, arguments.voice, store=arguments.store)
     settings = _settings(arguments) | {"mode": arguments.mode}
     if arguments.json:
         print(json.dumps(asdict(writer.write(_prompt(arguments), **settings))))  # type: ignore[arg-type]
@@ -163,7 +165,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     from duet_moe import Writer
 
-    writer = Writer.load(arguments.model)
+    writer = Writer.load(arguments.model, arguments.voice, store=arguments.store)
     prompt, settings = _prompt(arguments), _settings(arguments)
     if arguments.json:
         answers = writer.compare(prompt, arguments.modes, **settings)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ class Text:
         evidence (`tuple[TokenEvidence, ...]`): one per token; empty with `evidence=False`.
         time_to_first_token (`float`): seconds. tokens_per_second (`float`): of the decoding after the first token.
         finish_reason (`str`): `end`, `length`, `stopped`, or `running` while it is being written.
+        voice (`str`, *optional*): that the diversity head had; `None` is the base.
         notes (`tuple[str, ...]`): what the caller should know, such as a prompt that was cut.
     """
 
@@ -49,6 +50,7 @@ class Text:
     tokens_per_second: float = 0.0
     finish_reason: str = "running"
     notes: tuple[str, ...] = ()
+    voice: str | None = None
 
     def __str__(self) -> str:
         return self.text

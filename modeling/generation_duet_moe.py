@@ -78,6 +78,7 @@ class DuetMoeGenerationMixin(GenerationMixin):
         *,
         mode: str | Mode | list[str | Mode] | None = None,
         seed: int | list[int] | None = None,
+        voice: str | list[str | None] | torch.LongTensor | None = None,
         guardrails: object | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -88,11 +89,12 @@ class DuetMoeGenerationMixin(GenerationMixin):
                 argument given beside it (`temperature=`, `head_mix=`, ...) wins over the mode's.
             seed (`int` or one per row, *optional*): draw row by row from generators of these seeds; an int counts up
                 from row to row. Without it, sampling uses torch's global generator.
+            voice (`str` or a list with one per row, *optional*): names of loaded voices; `None` in a list is the base.
             head_mix, plan, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`.
 
         Raises:
-            ValueError: if a mode is not known, or `mode`/`seed` have another length than the batch, or `seed` meets
-                beams or several continuations per prompt.
+            ValueError: if a mode or voice is not known, or `mode`/`seed`/`voice` have another length than the batch,
+                or `seed` meets beams or several continuations per prompt.
             NotInThisVersionError: for `mode="auto"` and for `guardrails`.
         """
         if guardrails is not None:
@@ -100,6 +102,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in ("head_mix", "num_experts_per_tok"):  # only tensors are repeated for beams
             if isinstance(kwargs.get(name), list):
                 kwargs[name] = torch.tensor(kwargs[name])
+        if voice is not None:  # a tensor, so that it is repeated for beams
+            kwargs["voice"] = self._voice_indices(voice, _batch_size(inputs, kwargs))
         if mode is None and seed is None:
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
@@ -119,6 +123,15 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in set(kwargs) & set(generation_config.to_dict()):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _voice_indices(self, voice: str | list[str | None] | torch.LongTensor, rows: int) -> torch.Tensor:
+        if isinstance(voice, torch.Tensor):
+            return voice
+        if not isinstance(voice, list):
+            voice = [voice] * rows
+        if len(voice) != rows:
+            raise ValueError(f"voice has {len(voice)} entries for {rows} rows: give one for all, or one for each row.")
+        return torch.tensor([self.voices.index(name) for name in voice])
 
     def _sample_by_row(
         self, modes: list[Mode], seeds: list[int], generation_config: GenerationConfig, kwargs: dict
@@ -177,7 +190,9 @@ def _batch_size(inputs: torch.Tensor | None, kwargs: dict) -> int:
     for tensor in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if tensor is not None:
             return len(tensor)
-    raise ValueError("generate needs input_ids or inputs_embeds to know how many rows mode= and seed= are for.")
+    raise ValueError(
+        "generate needs input_ids or inputs_embeds to know how many rows mode=, seed= and voice= are for."
+    )
 
 
 def _per_row(value: object, rows: int, name: str, generation_config: GenerationConfig) -> list:

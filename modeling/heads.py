@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_duet_moe import DuetMoeConfig
+from .voices import VoiceRows
 
 
 class ZeroLinear(nn.Linear):
@@ -33,26 +34,38 @@ class DuetMoeHead(nn.Module):
         self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def features(self, hidden_states: torch.Tensor, plan: torch.Tensor | None = None) -> torch.Tensor:
+    def features(
+        self, hidden_states: torch.Tensor, plan: torch.Tensor | None = None, voices: VoiceRows | None = None
+    ) -> torch.Tensor:
         """Return what `unembed` multiplies, in the shape of `hidden_states` (..., hidden).
 
         Args:
             plan (`torch.Tensor` of shape (..., plan_size), *optional*): scale and shift of the states (FiLM, Perez et
                 al. 2018, arXiv 1709.07871); zeros leave them as they are, bit for bit.
+            voices (`VoiceRows`, *optional*): adapters of the linear layers, one voice per row.
         """
         normed = self.input_norm(hidden_states)
-        states = hidden_states + self.down_proj(self.act_fn(self.gate_proj(normed)) * self.up_proj(normed))
+        gate, up = self._adapted("gate_proj", normed, voices), self._adapted("up_proj", normed, voices)
+        states = hidden_states + self._adapted("down_proj", self.act_fn(gate) * up, voices)
         if plan is not None:
             scale, shift = self.plan_proj(plan.to(states.dtype)).chunk(2, dim=-1)
             states = states * (1 + scale) + shift
         return self.norm(states)
 
     def forward(
-        self, hidden_states: torch.Tensor, plan: torch.Tensor | None = None, only_features: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        plan: torch.Tensor | None = None,
+        only_features: bool = False,
+        voices: VoiceRows | None = None,
     ) -> torch.Tensor:
         """Return logits (..., vocab), or with `only_features` what `unembed` would multiply (..., hidden)."""
-        features = self.features(hidden_states, plan)
-        return features if only_features else self.unembed(features)
+        features = self.features(hidden_states, plan, voices)
+        return features if only_features else self._adapted("unembed", features, voices)
+
+    def _adapted(self, layer: str, inputs: torch.Tensor, voices: VoiceRows | None) -> torch.Tensor:
+        outputs = getattr(self, layer)(inputs)
+        return outputs if voices is None else voices.adapt(layer, inputs, outputs)
 
 
 def mix_logits(

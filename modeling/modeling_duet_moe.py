@@ -21,6 +21,7 @@ from .configuration_duet_moe import DuetMoeConfig
 from .generation_duet_moe import DuetMoeGenerationMixin
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
+from .voices import DuetMoeVoicesMixin, Voices
 
 CONVERTER = "duet_moe.modeling.convert"  # in the package only: a saved checkpoint loads without it
 
@@ -66,7 +67,14 @@ class DuetMoeHeadStates:
                 f"config.head_mix={model.config.head_mix} joins both heads, and this library computes its loss from "
                 "one output matrix: set config.head_mix to 0.0 (coherence head) or 1.0 (diversity head)."
             )
-        if own := kwargs.keys() & {"head_mix", "plan", "plan_guidance", "plausible_min", "output_head_logits"}:
+        if own := kwargs.keys() & {
+            "head_mix",
+            "plan",
+            "plan_guidance",
+            "plausible_min",
+            "output_head_logits",
+            "voice",
+        }:
             raise TypeError(f"base_model does not take {sorted(own)}: set config.head_mix to 0.0 or 1.0 instead.")
         head = model._configured_head()
         used = (weight for part in (head, model.model) for weight in part.parameters())
@@ -80,7 +88,7 @@ class DuetMoeHeadStates:
         return outputs
 
 
-class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
+class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoeVoicesMixin):
     """Trunk and two heads.
 
     Example:
@@ -110,6 +118,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         self.model = DuetMoeModel(config)
         self.coherence_head = DuetMoeHead(config)
         self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
+        self.voices = Voices()
         self.generation_config.do_sample = False  # said aloud, or `pipeline` samples in every mode
         self.generation_config._from_model_config = False  # or a saved one is loaded without its modes
         self.post_init()
@@ -178,6 +187,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         plausible_min: float | torch.Tensor = 0.0,
         output_head_logits: bool = False,
         trunk_states: torch.Tensor | None = None,
+        voice: torch.LongTensor | None = None,
         **kwargs: object,
     ) -> DuetMoeCausalLMOutput:
         """Run trunk and heads.
@@ -195,9 +205,12 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             output_head_logits (`bool`): also return each head's own logits.
             trunk_states (`torch.Tensor` of shape (batch, seq, hidden), *optional*): what `model.model` gave before, in
                 place of `input_ids`: only the heads are run.
+            voice (`torch.LongTensor` of shape (batch,), *optional*): the diversity head's voice for each row, an index
+                into `voice_names`; -1 is the base.
 
         Raises:
-            ValueError: on a mix outside [0, 1], a plan of another width or an impossible number of experts.
+            ValueError: on a mix outside [0, 1], a plan of another width, an impossible number of experts or an index
+                that no voice has.
             TypeError: on an argument that this model does not have.
         """
         if unknown := kwargs.keys() - TransformersKwargs.__annotations__.keys():
@@ -231,6 +244,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             self._per_token(plan_guidance, hidden_states),
             self._per_token(plausible_min, hidden_states),
             output_head_logits,
+            voice,
         )
         loss = aux_loss = None
         if labels is not None or shift_labels is not None:
@@ -280,6 +294,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
         plan_guidance: float | torch.Tensor,
         plausible_min: float | torch.Tensor,
         both_heads: bool,
+        voice: torch.LongTensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Compute the heads that are needed and join them; returns joined, coherence and diversity logits."""
         for name, value in (("head_mix", head_mix), ("plausible_min", plausible_min)):
@@ -295,10 +310,11 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin):
             coherence = self.coherence_head(hidden_states)
         if both_heads or not _everywhere(head_mix, lambda v: v == 0):
             plan = None if plan is None else plan[:, None]  # (batch, 1, plan_size)
-            diversity = self.diversity_head(hidden_states, plan)
+            voices = None if voice is None else self.voices.pick(voice, hidden_states)
+            diversity = self.diversity_head(hidden_states, plan, voices=voices)
         guided = diversity
         if plan is not None and diversity is not None and not _everywhere(plan_guidance, lambda v: v == 0):
-            guided = guide_by_plan(diversity, self.diversity_head(hidden_states), plan_guidance)
+            guided = guide_by_plan(diversity, self.diversity_head(hidden_states, voices=voices), plan_guidance)
         if coherence is None or guided is None:
             logits = guided if coherence is None else coherence
         else:

@@ -1,7 +1,6 @@
 """Prompt to text: `Writer` wraps a model and its tokenizer for people who want words."""
 
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,12 +11,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
 from duet_moe.configuration.modes import Mode, NotInThisVersionError, read_modes, resolve_mode
+from duet_moe.modeling.answer import Answer
 from duet_moe.modeling.checkpoints import locate
-from duet_moe.modeling.evidence import Piece, Text, token_evidence
+from duet_moe.modeling.evidence import Piece, Text
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
-from duet_moe.modeling.stepping import Step, decoding_steps
+from duet_moe.modeling.stepping import decoding_steps
+from duet_moe.modeling.voice_files import voice_folder
 
-INCOMPLETE = "\ufffd"  # what a tokenizer shows for the first bytes of a character; they wait for the others
+BASE = "base"  # what `voice=` calls the model itself
 
 
 class Writer:
@@ -35,34 +36,45 @@ class Writer:
     ```
     """
 
-    def __init__(self, model: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: DuetMoeForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "model",
+        voice: str | Path | None = None,
+        store: str | Path | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.store = store
+        self.voice = self._voice(voice or BASE)
         self.modes = read_modes(getattr(model.generation_config, "modes", None))
 
     @classmethod
     def load(
         cls,
         name: str | Path = "duet-mini",
-        voice: str | None = None,
+        voice: str | Path | None = None,
         guardrails: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        store: str | Path | None = None,
     ) -> "Writer":
         """Load a bundled model by name, a folder, or a model of the Hub.
 
         Args:
+            voice: the diversity head's voice where a call names none: a folder, or a name in `store`.
             dtype: float32 on a CPU and bfloat16 elsewhere, when not given.
             device: a GPU if there is one, when not given.
+            store: folder of the voice store; `$DUET_MOE_VOICES` or the user's own when not given.
 
         Raises:
-            FileNotFoundError: if there is no such model, or it has no tokenizer.
-            OSError, ValueError: if the checkpoint is damaged, incomplete, of another family or of a newer version.
-            NotInThisVersionError: for `voice` and `guardrails`.
+            FileNotFoundError: if there is no such model or voice, or the model has no tokenizer.
+            OSError, ValueError: if the checkpoint is damaged, incomplete, of another family or of a newer version, or
+                the voice is damaged or for another base.
+            NotInThisVersionError: for `guardrails`.
         """
-        if voice is not None:
-            raise NotInThisVersionError("voice=", "Load the model without it.")
         if guardrails is not None:
             raise NotInThisVersionError("guardrails=", "Load the model without it.")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -77,7 +89,7 @@ class Writer:
                 raise
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"{source!r} is no folder and was not loaded from the Hub: {reason}") from error
-        return cls(model.to(device), tokenizer, Path(source).name)
+        return cls(model.to(device), tokenizer, Path(source).name, voice, store)
 
     def write(
         self,
@@ -86,6 +98,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
+        voice: str | Path | None = None,
         **generate_kwargs: Any,
     ) -> Text:
         """Answer `prompt`.
@@ -94,13 +107,15 @@ class Writer:
             mode: name or `Mode`; the model's `default_mode` when not given.
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
+            voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
+                the writer's own voice when not given.
             generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`.
 
         Raises:
             ValueError: on an empty prompt, an unknown mode or a setting out of range.
+            OSError, ValueError: if there is no such voice, or it is damaged or for another base.
         """
-        modes = [self._mode(mode)]
-        *_, final = self._run([prompt], modes, [seed], max_new_tokens, evidence, generate_kwargs)
+        *_, final = self._run([prompt], [self._mode(mode)], [seed], max_new_tokens, evidence, voice, generate_kwargs)
         return final[0]
 
     def stream(
@@ -110,6 +125,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
+        voice: str | Path | None = None,
         **generate_kwargs: Any,
     ) -> Iterator[Piece]:
         """Yield the answer as it is written; the pieces' texts join to what `write` returns for the same seed.
@@ -117,7 +133,8 @@ class Writer:
         Closing the iterator ends the generation at its next token. Arguments and errors as in `write`.
         """
         shown, told = 0, 0
-        for (text,) in self._run([prompt], [self._mode(mode)], [seed], max_new_tokens, evidence, generate_kwargs):
+        modes = [self._mode(mode)]
+        for (text,) in self._run([prompt], modes, [seed], max_new_tokens, evidence, voice, generate_kwargs):
             if len(text.text) > shown or len(text.evidence) > told:
                 yield Piece(text.text[shown:], text.evidence[told:])
             shown, told = len(text.text), len(text.evidence)
@@ -141,6 +158,7 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = True,
+        voice: str | Path | None = None,
         **generate_kwargs: Any,
     ) -> Iterator[dict[str, Text]]:
         """Yield, after every token, each mode's answer so far; the modes share the prompt and the seed.
@@ -159,7 +177,8 @@ class Writer:
         chosen = [replace(mode, **(own if mode.do_sample else experts)) for mode in chosen]
         seed = _drawn(seed)
         rows = len(chosen)
-        for texts in self._run([prompt] * rows, chosen, [seed] * rows, max_new_tokens, evidence, generate_kwargs):
+        seeds: list[int | None] = [seed] * rows
+        for texts in self._run([prompt] * rows, chosen, seeds, max_new_tokens, evidence, voice, generate_kwargs):
             yield dict(zip(keys, texts, strict=True))
 
     def brainstorm(
@@ -170,12 +189,13 @@ class Writer:
         max_new_tokens: int = 80,
         seed: int | None = None,
         evidence: bool = False,
+        voice: str | Path | None = None,
         **generate_kwargs: Any,
     ) -> list[Text]:
         """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`."""
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
-        return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, **generate_kwargs)
+        return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, voice, **generate_kwargs)
 
     def write_batch(
         self,
@@ -184,13 +204,18 @@ class Writer:
         max_new_tokens: int = 160,
         seed: int | None = None,
         evidence: bool = False,
+        voice: str | Path | Sequence[str | Path | None] | None = None,
         **generate_kwargs: Any,
     ) -> list[Text]:
-        """Answer several prompts as one batch, with seeds that count up; arguments and errors as in `write`."""
+        """Answer several prompts as one batch, with seeds that count up; arguments and errors as in `write`.
+
+        Args:
+            voice: also a list with one for each prompt.
+        """
         first = _drawn(seed)
         seeds: list[int | None] = [first + i for i in range(len(prompts))]
         modes = [self._mode(mode)] * len(prompts)
-        *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, generate_kwargs)
+        *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, voice, generate_kwargs)
         return final
 
     def route(self, prompt: str) -> None:
@@ -205,6 +230,22 @@ class Writer:
         known = {name: asdict(saved) for name, saved in self.modes.items()}
         return resolve_mode(mode or self.model.config.default_mode, known)
 
+    def _voices(self, voice: str | Path | Sequence[str | Path | None] | None, rows: int) -> list[str | None]:
+        given = [voice] * rows if voice is None or isinstance(voice, str | Path) else list(voice)
+        if len(given) != rows:
+            raise ValueError(f"voice has {len(given)} entries for {rows} prompts: give one for all, or one for each.")
+        return [self._voice(entry) for entry in given]
+
+    def _voice(self, voice: str | Path | None) -> str | None:
+        """Return the name of a voice, loading it if need be; `None` is the base."""
+        if voice is None:
+            return self.voice
+        if voice == BASE:
+            return None
+        if voice in self.model.voice_names:
+            return str(voice)
+        return self.model.load_voice(voice_folder(voice, self.store))
+
     def _run(
         self,
         prompts: list[str],
@@ -212,16 +253,18 @@ class Writer:
         seeds: list[int | None],
         max_new_tokens: int,
         evidence: bool,
+        voice: str | Path | Sequence[str | Path | None] | None,
         generate_kwargs: dict[str, Any],
     ) -> Iterator[list[Text]]:
         """Yield all rows' answers after every step, the last time with their finish reasons."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
         batch, notes = self._encode(prompts, max_new_tokens)
+        voices = self._voices(voice, len(prompts))
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
-            _Row(self.tokenizer, Text("", mode.name, prompt, seed, notes=note))
-            for mode, prompt, seed, note in zip(modes, prompts, drawn, notes, strict=True)
+            Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named))
+            for mode, prompt, seed, note, named in zip(modes, prompts, drawn, notes, voices, strict=True)
         ]
         steps = decoding_steps(
             self.model,
@@ -230,6 +273,7 @@ class Writer:
             seed=drawn,
             max_new_tokens=max_new_tokens,
             output_head_logits=evidence,
+            voice=voices,
             **generate_kwargs,
         )
         try:
@@ -282,45 +326,6 @@ class Writer:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-class _Row:
-    """One answer while it is being written."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
-        self.tokenizer = tokenizer
-        self.text = text
-        self.ended = False
-        self.started = time.perf_counter()
-        self.first_token = 0.0
-
-    def add(self, step: Step, index: int) -> None:
-        if self.ended:
-            return
-        token = int(step.tokens[index])
-        tokens = (*self.text.tokens, token)
-        now = time.perf_counter()
-        if not self.text.tokens:
-            self.first_token = now
-        self.ended = token == self.tokenizer.eos_token_id
-        shown = self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip(INCOMPLETE)
-        added = shown[len(self.text.text) :]
-        evidence = self.text.evidence
-        if step.coherence_logits is not None and step.diversity_logits is not None:
-            evidence += (token_evidence(token, added, step.coherence_logits[index], step.diversity_logits[index]),)
-        self.text = replace(
-            self.text,
-            text=shown,
-            tokens=tokens,
-            evidence=evidence,
-            finish_reason="end" if self.ended else "running",
-            time_to_first_token=self.first_token - self.started,
-            tokens_per_second=(len(tokens) - 1) / (now - self.first_token) if len(tokens) > 1 else 0.0,
-        )
-
-    def finished(self, max_new_tokens: int) -> Text:
-        reason = "end" if self.ended else "length" if len(self.text.tokens) >= max_new_tokens else "stopped"
-        return replace(self.text, finish_reason=reason)
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
