@@ -7,6 +7,7 @@ groups; local numbers of a few digits cannot be told from other numbers and stay
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 _GROUP_END = re.compile(r"[ -]?[^ -]*$")
 
@@ -20,16 +21,16 @@ def mask_personal_data(text: str) -> tuple[str, Counter[str]]:
     while True:
         masked = text
         for kind, (pattern, is_valid) in _KINDS.items():
-            masked = pattern.sub(lambda match, k=kind, v=is_valid: _replace(match[0], k, v, counts), masked)
+            masked = pattern.sub(partial(_replace, kind=kind, is_valid=is_valid, counts=counts), masked)
         # What is left of a run of digits may, with its neighbours, be the next number.
         if masked == text:
             return text, counts
         text = masked
 
 
-def _replace(found: str, kind: str, is_valid: Callable[[str], bool], counts: Counter[str]) -> str:
-    """Mask `found` without the last groups that do not belong to it ("4111 1111 1111 1111 123")."""
-    number = found
+def _replace(match: re.Match[str], kind: str, is_valid: Callable[[str], bool], counts: Counter[str]) -> str:
+    """Mask a match without the last groups that do not belong to it ("4111 1111 1111 1111 123")."""
+    number = found = match[0]
     while number and not is_valid(number):
         number = _GROUP_END.sub("", number)
     if not number:
