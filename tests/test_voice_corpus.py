@@ -93,6 +93,11 @@ def test_texts_that_repeat_half_of_a_held_out_one_are_removed() -> None:
     assert less + own in responses(corpus.train) and most + " and so on." not in responses(corpus.train)
 
 
+def test_a_text_too_short_for_runs_is_removed_when_it_repeats() -> None:
+    corpus = read_voice_corpus(rows(40) + [{"text": "Coffee: warm!"}], rows(5, 100) + [{"text": "coffee, warm"}])
+    assert corpus.report.overlap_removed == 1
+
+
 def test_the_same_prompt_with_another_answer_is_no_repetition() -> None:
     heldout = [{**row, "response": sentence(n)} for n, row in enumerate(rows(5), 900)]
     assert read_voice_corpus(rows(40), heldout).report.overlap_removed == 0

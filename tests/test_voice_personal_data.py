@@ -41,6 +41,7 @@ def test_personal_data_is_replaced_and_nothing_around_it(text: str, masked: str)
         "0000000000000000",
         "GB83 WEST 1234 5698 7654 32",
         "on 01.02.2024, 01/02/24 and 2024-11-25",
+        "01.02.2024 10.00",
         "1871-1914, page 100-1500, 10 000 000 people",
         "open 08.00-18.00 and 08.00 - 18.00",
         "ISBN 978-3-16-148410-0",

@@ -247,6 +247,11 @@ def test_a_long_paragraph_is_cut_between_sentences() -> None:
     assert len(pieces) == 3 and all(text.endswith("words.") for text in pieces)
 
 
+def test_a_short_paragraph_is_not_joined_beyond_the_bound() -> None:
+    pieces = [text for _, text in split_prose([(1, "a " * (MIN_WORDS - 1)), (2, "b " * MAX_WORDS)])]
+    assert [len(text.split()) for text in pieces] == [MIN_WORDS - 1, MAX_WORDS]
+
+
 def test_a_folder_is_read_sorted_without_hidden_and_foreign_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", ".git/x.txt", ".hidden.txt", "~$c.docx", "photo.png", "a/more.png", "README"):
         put(tmp_path, name, f"text of {name}")
