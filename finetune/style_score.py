@@ -232,11 +232,13 @@ def _inputs(texts: Sequence[str]) -> tuple[np.ndarray, "csr_matrix"]:
 def _learn(named: np.ndarray, ngrams: "csr_matrix", is_voice: np.ndarray) -> dict[str, np.ndarray]:
     from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     scale = named.std(axis=0)
     numbers = {"mean": named.mean(axis=0), "scale": np.where(scale > 0, scale, 1.0)}
     model = LogisticRegression(C=_REGULARISATION, class_weight="balanced", max_iter=2000)
-    model.fit(hstack([csr_matrix(_standard(numbers, named)), ngrams], format="csr"), is_voice)
+    with threadpool_limits(1):  # more threads only wait for each other at this size, and add in another order
+        model.fit(hstack([csr_matrix(_standard(numbers, named)), ngrams], format="csr"), is_voice)
     weights = model.coef_[0]
     return numbers | {
         "weights": weights[: len(NAMES)].copy(),
