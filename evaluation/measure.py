@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from duet_moe.configuration.modes import BUILT_IN_MODES, Mode
-from duet_moe.evaluation.lexical import distinct_n, repetition, self_bleu
 from duet_moe.finetune.corpus import RECIPES, Document, Source, load_source
 from duet_moe.finetune.fact_wordings import evaluation_questions, group_facts, is_right, read_templates
 from duet_moe.finetune.heldout import heldout_losses, spread
+from duet_moe.finetune.lexical import distinct_n, repetition, self_bleu
 from duet_moe.finetune.packing import TokenStore
 from duet_moe.modeling.evidence import Text
 from duet_moe.modeling.writer import Writer

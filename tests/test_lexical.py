@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duet_moe.evaluation.lexical import distinct_n, repetition, self_bleu
+from duet_moe.finetune.lexical import distinct_n, repetition, self_bleu
 
 texts = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12).map(" ".join), min_size=2, max_size=5)
 
