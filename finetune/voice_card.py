@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from duet_moe.modeling.checkpoints import HUB_ID
+from duet_moe.modeling.checkpoints import HUB_ID, bundled
 from duet_moe.modeling.voice_files import check_name
 
 FORMAT_VERSION = 1
@@ -137,7 +137,7 @@ class VoiceCard:
         shown = {
             "name": self.name,
             "base": base,
-            "source": repr(base) if HUB_ID.fullmatch(base) else f'duet_moe.bundled("{base}")',
+            "source": _source(base),
             "shared": self.base["hashes"]["shared"],
             "trunk": self.base["hashes"]["trunk"] or "not recorded (the trunk was quantised)",
             "author": self.author,
@@ -169,6 +169,17 @@ def _shown(value: object) -> str:
         return f"{value:.4g}"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _source(base: str) -> str:
+    """Return the Python expression from which PEFT's users load the base."""
+    if HUB_ID.fullmatch(base):
+        return f'"{base}"'
+    try:
+        bundled(base)
+    except FileNotFoundError:
+        return f'"path/to/{base}"'
+    return f'duet_moe.bundled("{base}")'
 
 
 def _table(values: Mapping[str, object]) -> str:

@@ -221,6 +221,32 @@ def test_a_full_disk_leaves_the_store_as_it_was(
         store.check("acme")
 
 
+def test_a_copy_that_is_not_what_was_copied_is_not_published(
+    store: VoiceStore, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.copyfile
+
+    def lose_the_end(source: Path, target: Path) -> None:
+        real(source, target)
+        cut(target, target.stat().st_size - 1)
+
+    monkeypatch.setattr(voices.shutil, "copyfile", lose_the_end)
+    with pytest.raises((ValueError, OSError), match="damaged|should have"):
+        store.publish("acme", old)
+    assert store.names() == hidden(store) == []
+
+
+def test_what_is_published_is_on_the_disk_before_it_counts(
+    store: VoiceStore, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), sync(file)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (done.append("rename"), rename(*paths)))
+    store.publish("acme", old)
+    assert done == ["fsync"] * 5 + ["rename", "fsync"], "four files and their folder, then the store's own"
+
+
 def _publish_often(root: Path, built: Path, barrier) -> None:
     barrier.wait(60)
     for _ in range(30):
@@ -398,6 +424,15 @@ def test_the_page_of_a_voice_says_what_it_is(old: Path) -> None:
     assert VoiceCard.load(old).figures == {
         "heldout_loss": {"before": 3.5, "after": 2.25}, "command": "duet voice train --corpus x",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("base", "source"),
+    [("duet-mini", 'duet_moe.bundled("duet-mini")'), ("ana/duet", '"ana/duet"'), ("mine", '"path/to/mine"')],
+)
+def test_the_page_says_where_peft_finds_the_base(built: Path, base: str, source: str) -> None:
+    card = make_card(built, base={"name": base, "hashes": {"shared": "0" * 64, "trunk": None}})
+    assert f"AutoModelForCausalLM.from_pretrained({source})" in card.page()
 
 
 def test_a_card_cannot_break_its_page(built: Path) -> None:
