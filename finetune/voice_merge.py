@@ -24,6 +24,7 @@ else was changed, so that factual mode answers exactly as `{base}` does.
 NOTES = """## Intended use and limits
 
 Those of the base model and of the voice. Nothing was measured on the merged model itself.
+The licences of both apply: that of `{base}`, and the voice's, {licence}.
 
 ## Training data
 
@@ -94,7 +95,7 @@ def _write_card(folder: Path, card: VoiceCard) -> None:
         "shared": hashes["shared"],
         "trunk": hashes["trunk"],
     }
-    data = ModelCardData(base_model=card.base["name"], license=card.licence, tags=["voice"])
+    data = ModelCardData(base_model=card.base["name"], tags=["voice"])  # two licences, not one
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{NOTES.format(**shown)}\n").save(folder / "notes.md")
     (folder / "history.md").write_text(HISTORY.format(**shown), encoding="utf-8")
     write_card(folder)

@@ -479,7 +479,8 @@ def test_a_merged_model_speaks_with_the_voice_and_its_facts_are_the_bases(
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     page = (out / "README.md").read_text()
     assert page.count("# merged") == 1 and "voice `acme`" in page and digest(voice) in page
-    assert ModelCard(page).data.base_model == "tiny"
+    assert (ModelCard(page).data.base_model, ModelCard(page).data.license) == ("tiny", None)
+    assert "The licences of both apply" in page and "cc0-1.0" in page
     assert {path.name for path in tmp_path.iterdir()} == {"voice", "merged"}
 
 
