@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from duet_moe.voice_cli import add_voice_commands
+
 LATER = {
-    "voice": "adapt the diversity head to a house style",
     "guard": "check and index texts for guardrails",
     "eval": "evaluate models by task",
     "frontier": "compare quality and diversity of decoding settings",
@@ -77,6 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_result(export)
     export.add_argument("--mode", type=_mode_or_mix, required=True, help="a mode, or a mix from 0 to 1")
     export.add_argument("--to", choices=["mixtral"], default="mixtral", help="family to write (mixtral)")
+
+    add_voice_commands(commands)
 
     space = _command(commands, "space", "serve the web demo (further arguments: duet space --help)", _space)
     space.set_defaults(passes_on=True)
@@ -214,7 +217,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    with _extra("finetune"):
+    with needs_extra("finetune"):
         from duet_moe.finetune.pretrain import pretrain
     folder = pretrain(
         arguments.recipe,
@@ -268,13 +271,13 @@ def _print_report(report: dict[str, object], as_json: bool) -> None:
 
 
 def _space(arguments: argparse.Namespace) -> int | None:
-    with _extra("space"):
+    with needs_extra("space"):
         from duet_moe.space.app import main as serve
     return serve(arguments.extra)
 
 
 @contextmanager
-def _extra(name: str) -> Iterator[None]:
+def needs_extra(name: str) -> Iterator[None]:
     """Explain a missing library by the extra that brings it."""
     try:
         yield
