@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,23 @@ def add_voice_commands(commands) -> None:  # type: ignore[no-untyped-def]
     purpose = "keep, look at and pass on voices, which adapt the diversity head to a style"
     group = commands.add_parser("voice", help=purpose, description=purpose.capitalize() + ".")
     voice = group.add_subparsers(dest="voice_command", required=True, metavar="COMMAND")
+
+    train = _command(voice, "train", "train a voice; the same command goes on after an interruption", _train)
+    train.add_argument("--corpus", required=True, help="file or folder of texts in the style")
+    train.add_argument("--name", required=True, type=_name, help="what to call the voice")
+    train.add_argument("--base", default="duet-mini", help="bundled name, folder or Hub id of the model (duet-mini)")
+    train.add_argument("--recipe", default="standard", help="quick, standard, careful or a YAML file (standard)")
+    train.add_argument("--heldout", help="texts to measure on (some of the corpus, set apart)")
+    train.add_argument("--neutral", help="texts on the same matters in nobody's style, for the style score")
+    train.add_argument("--text-column", help="of a csv (text, or prompt and response)")
+    train.add_argument("--prompt-column", help="of a csv")
+    train.add_argument("--language", default="en", help="that the corpus should be in (en)")
+    train.add_argument("--personal-data", choices=["mask", "refuse", "keep"], default="mask", help="(mask)")
+    train.add_argument("--author", default="", help="for the card")
+    train.add_argument("--licence", default="", help="for the card")
+    train.add_argument("--load-in-4bit", action="store_true", help="train on a 4-bit trunk")
+    train.add_argument("--replace", action="store_true", help="in place of a voice of that name")
+    train.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (0)")
 
     _command(voice, "list", "list the voices of the store, damaged ones too", _list, as_json=True)
     show = _command(voice, "show", "show the card of a voice", _show, as_json=True)
@@ -63,6 +81,24 @@ def _store(arguments: argparse.Namespace) -> "VoiceStore":
     from duet_moe.finetune.voices import VoiceStore
 
     return VoiceStore(arguments.store)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from duet_moe.cli import needs_extra
+
+    names = (
+        "corpus", "name", "base", "recipe", "store", "heldout", "neutral", "text_column", "prompt_column", "language",
+        "personal_data", "author", "licence", "load_in_4bit", "replace", "seed",
+    )  # fmt: skip
+    with needs_extra("finetune"):
+        from duet_moe.finetune.style import train_voice
+    folder = train_voice(**{name: getattr(arguments, name) for name in names})
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every process comes here
+        figures = _store(arguments).card(arguments.name).figures
+        loss = f"{figures['heldout_loss_before']:.3f} before, {figures['heldout_loss_after']:.3f} after"
+        share = f"{figures['style_share_before']:.0%} before, {figures['style_share_after']:.0%} after"
+        print(f"Held-out loss: {loss}. Answers taken for the style: {share}.")
+        print(f"The voice {arguments.name} is in {folder}: duet voice show {arguments.name}")
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -261,6 +261,8 @@ class Writer:
             raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
         batch, notes = self._encode(prompts, max_new_tokens)
         voices = self._voices(voice, len(prompts))
+        # rule R1 asks the coherence head what is plausible, and that has never heard of the voice
+        modes = [replace(m, plausible_min=0.0) if named else m for m, named in zip(modes, voices, strict=True)]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named))
