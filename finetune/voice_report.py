@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from duet_moe.finetune.copying import Runs
-from duet_moe.finetune.corpus import PACKAGE, Document, Source, load_source
+from duet_moe.finetune.corpus import Document
 from duet_moe.finetune.lexical import distinct_n
-from duet_moe.finetune.style_score import StyleScorer
+from duet_moe.finetune.style_score import StyleScorer, neutral_texts
 from duet_moe.finetune.voice_corpus import VoiceCorpus
 from duet_moe.finetune.voice_recipe import VoiceRecipe
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
-from duet_moe.modeling.writer import Writer
+from duet_moe.modeling.writer import BASE, Writer
 
 PROBES = (
     "What is the capital of Portugal?",
@@ -40,6 +40,7 @@ PROMPTS = (
 COPIED_WORDS = 8  # a run of as many words that is also in the corpus counts as copied
 ANSWER_TOKENS = 80
 SHOWN = 10  # answers in the report
+BASE_SEED = 500_000  # of the base's answers that the classifier learns from; the measured ones have others
 
 
 def factual_logits(model: DuetMoeForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
@@ -79,31 +80,36 @@ def style_report(
 
     Args:
         model: has the voice loaded.
-        neutral: texts in nobody's style on the corpus' matters; the package's own texts are added to them.
+        neutral: texts in nobody's style on the corpus' matters. The package's own texts are added to them, and answers
+            of the base to the training prompts, so that a small model's English is not taken for style.
 
     Returns:
-        `style_accuracy` of the classifier on texts that it has not seen; `style_share_*`, the share of answers taken
-        for the voice; `distinct_2_*`; `copied_share_*` (of answers, and of the corpus' own held-out texts), with a run
-        of eight words from the training texts; `longest_copy`; `answers`; `samples`.
+        `style_accuracy` and `style_balanced_accuracy` of the classifier on texts that it has not seen;
+        `style_share_*`, the share of answers taken for the voice; `distinct_2_*`; `copied_share_*` (of answers, and of
+        the corpus' own held-out texts), with a run of eight words from the training texts; `longest_copy`; `answers`;
+        `samples`.
     """
-    own = [document.response for document in texts.train]
-    scorer = StyleScorer.fit(own, [*neutral, *written_texts()], seed)
-    scorer.save(folder)
-    prompts = [document.prompt for document in texts.heldout if document.prompt] or list(PROMPTS)
-    prompts = list(dict.fromkeys(prompts))[:24]
     writer = Writer(model, tokenizer)
-    answers: dict[str, list[str]] = {}
+    own = [document.response for document in texts.train]
+    asked = _prompts(texts.train, len(own))
+    if show:
+        print("Learning what the style is", flush=True)
+    plain = [*neutral, *neutral_texts(), *_answers(writer, asked, None, seed + BASE_SEED)]
+    scorer = StyleScorer.fit(own, sorted(set(plain) - {*own, ""}), seed)
+    scorer.save(folder)
+    prompts = _prompts(texts.heldout, 24)
+    answers: dict[str, list[str]] = {"before": [], "after": []}
     for side, speaks in (("before", None), ("after", voice)):
-        answers[side] = []
         for repeat in range(recipe.samples_per_prompt):
             if show:
                 print(f"Answers {side}: {repeat + 1} of {recipe.samples_per_prompt} rounds", flush=True)
-            written = writer.write_batch(
-                prompts, "creative", ANSWER_TOKENS, seed + 1000 * repeat, voice=speaks
-            )  # fmt: skip
-            answers[side] += [text.text for text in written]
+            answers[side] += _answers(writer, prompts, speaks, seed + 1000 * repeat)
     runs = Runs(own)
-    figures: dict[str, object] = {"style_accuracy": scorer.accuracy, "answers": len(answers["after"])}
+    figures: dict[str, object] = {
+        "style_accuracy": scorer.accuracy,
+        "style_balanced_accuracy": scorer.balanced_accuracy,
+        "answers": len(answers["after"]),
+    }
     for side, said in answers.items():
         figures |= {
             f"style_share_{side}": scorer.share(said),
@@ -121,8 +127,12 @@ def style_report(
     return figures
 
 
-def written_texts() -> list[str]:
-    """Return the package's own answers in many manners, which are nobody's voice."""
-    source = Source("written", f"{PACKAGE}written/*.jsonl", 1.0, kind="chat", holdout=0.0)
-    documents: list[Document] = load_source(source, ".")[0]
-    return [document.response for document in documents]
+def _prompts(documents: Sequence[Document], most: int) -> list[str]:
+    """Return the different prompts of a corpus, or such as any corpus could answer where it has none."""
+    own = dict.fromkeys(document.prompt for document in documents if document.prompt)
+    return list(own or PROMPTS)[:most]
+
+
+def _answers(writer: Writer, prompts: Sequence[str], voice: str | None, seed: int) -> list[str]:
+    written = writer.write_batch(prompts, "creative", ANSWER_TOKENS, seed, voice=voice or BASE)
+    return [text.text for text in written]
