@@ -126,7 +126,7 @@ def _hash(weights: dict[str, nn.Parameter]) -> str:
                 f"{name} is not in memory, so the base cannot be checked: load the model without offloading."
             )
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -146,10 +146,11 @@ def load_voice(model: DuetMoeForCausalLM, folder: str | Path, name: str | None =
         WrongBaseError: if it was trained for another base.
     """
     folder = Path(folder)
-    card = _read_json(folder / "voice.json") if (folder / "voice.json").is_file() else {}
-    name = check_name(name or str(card.get("name") or folder.resolve().name))
-    if card:
+    card = _read_json(folder / "voice.json") if (folder / "voice.json").is_file() else None
+    name = check_name(name or str((card or {}).get("name") or folder.resolve().name))
+    if card is not None:
         _check_base(model, name, card, folder)
+        _check_digest(folder / "adapter_model.safetensors", card.get("adapter_sha256"))
     else:
         logger.warning_once(
             f"{str(folder)!r} has no voice.json, so of its base only the shapes can be checked: "
@@ -172,6 +173,16 @@ def _check_base(model: nn.Module, name: str, card: dict, folder: Path) -> None:
                 f"{wanted[part]}; those of this model have {found[part]}. Load that model, or train the voice for "
                 "this one: duet voice train --base."
             )
+
+
+def _check_digest(file: Path, told: str | None) -> None:
+    check_safetensors(file)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if told is not None and told != found:
+        raise OSError(
+            f"{file} is damaged: its SHA-256 is {found}, and voice.json says {told}. Fetch or train it again."
+        )
 
 
 def _read_layers(folder: Path, head: nn.Module) -> dict[str, LowRank]:
@@ -198,7 +209,7 @@ def _read_layers(folder: Path, head: nn.Module) -> dict[str, LowRank]:
 
 def _layer(layer: str, parts: dict[str, torch.Tensor], config: dict, weight: torch.Tensor, where: str) -> LowRank:
     rank, (outputs, inputs) = config["r"], weight.shape
-    shapes = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
     if config.get("use_dora"):
         shapes["lora_magnitude_vector"] = (outputs,)
     for part in shapes | parts:

@@ -1,6 +1,7 @@
 """Voices while writing: equal to PEFT and to themselves alone, in any batch; factual mode and base never change."""
 
 import copy
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -288,6 +289,26 @@ def test_a_damaged_or_missing_file_is_named(
     assert model.voice_names == ()
 
 
+def test_a_checkpoints_own_code_alone_says_what_voices_need(
+    model: DuetMoeForCausalLM, voices: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("duet_moe.modeling.voices.VOICE_FILES", "no_such_package.voice_files")
+    with pytest.raises(ImportError, match="pip install duet-moe"):
+        model.load_voice(voices / "plain")
+
+
+def test_one_changed_bit_is_noticed(model: DuetMoeForCausalLM, voices: Path, tmp_path: Path) -> None:
+    folder = broken(voices, tmp_path / "voice")
+    file = folder / "adapter_model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    card = {"name": "acme", "base": {"hashes": base_hashes(model)}, "adapter_sha256": digest}
+    (folder / "voice.json").write_text(json.dumps(card))
+    assert model.load_voice(folder) == "acme"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.raises(OSError, match=f"is damaged.*{digest}"):
+        model.load_voice(folder)
+
+
 # Which base a voice is for.
 
 
@@ -350,8 +371,11 @@ def test_weights_are_hashed_once_until_one_changes(model: DuetMoeForCausalLM, mo
 def test_a_card_that_names_no_base_is_refused(
     model: DuetMoeForCausalLM, voices: Path, tmp_path: Path, hashes: object
 ) -> None:
-    with pytest.raises(ValueError, match=r"voice\.json does not say which base"):
-        model.load_voice(with_card(voices, tmp_path / "folder", hashes))
+    folder = with_card(voices, tmp_path / "folder", hashes)
+    for card in ((folder / "voice.json").read_text(), "{}"):
+        (folder / "voice.json").write_text(card)
+        with pytest.raises(ValueError, match=r"voice\.json does not say which base"):
+            model.load_voice(folder)
 
 
 def test_an_adapter_without_a_card_loads_and_says_once_what_was_not_checked(
