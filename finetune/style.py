@@ -7,6 +7,7 @@ published only after its checks: factual mode bit-identical, every key consumed 
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -178,7 +179,7 @@ def _fit(
     model: DuetMoeForCausalLM, states: Sequence[TrunkStates], recipe: VoiceRecipe, run: Path, seed: int, show: bool
 ):  # type: ignore[no-untyped-def]
     """Train and return the tuned model with its best adapter, and the losses on held-out texts."""
-    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     class VoiceTrainer(Trainer):
         """Computes the loss of the diversity head alone."""
@@ -224,16 +225,22 @@ def _fit(
         eval_dataset=heldout,
         callbacks=[EarlyStoppingCallback(recipe.patience)],
     )
+    if not show:
+        trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate()["eval_loss"]
     checkpoint = last_whole_checkpoint(run)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    resumed_from = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    seconds = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+    epochs = (trainer.state.global_step - resumed_from) / math.ceil(len(train) / recipe.batch_size)  # of this process
     figures = {
         "heldout_loss_before": before,
         "heldout_loss_after": trainer.state.best_metric,
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
+        "training_seconds": seconds,  # of this process, evaluations and checkpoints included
         "heldout_tokens": heldout.positions,
         "training_tokens_per_epoch": train.positions,
+        "targets_per_second": train.positions * epochs / seconds,
     }
     return tuned.eval(), figures
 
