@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from duet_moe.finetune.corpus import Document
 from duet_moe.finetune.progress import Progress
 from duet_moe.finetune.token_store import encode
-from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
+from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM, DuetMoeModel
 
 BATCH_TOKENS = 4096  # of one pass through the trunk, padding included
 _CODE_VERSION = 1  # raise when the states of a text change, so that old caches are not used
@@ -101,7 +100,7 @@ def _dtype(model: DuetMoeForCausalLM) -> torch.dtype:
     return model.model.embed_tokens.weight.dtype
 
 
-def _key(trunk: nn.Module, encoded: Sequence[tuple[np.ndarray, int]]) -> str:
+def _key(trunk: DuetMoeModel, encoded: Sequence[tuple[np.ndarray, int]]) -> str:
     digest = hashlib.sha256(f"{_CODE_VERSION} {trunk.config.to_json_string()}".encode())
     for name, tensor in sorted(trunk.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

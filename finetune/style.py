@@ -175,9 +175,9 @@ def _run_folder(root: Path, name: str, states: Sequence[TrunkStates], recipe: Vo
     return folder
 
 
-def _fit(
+def _fit(  # type: ignore[no-untyped-def]
     model: DuetMoeForCausalLM, states: Sequence[TrunkStates], recipe: VoiceRecipe, run: Path, seed: int, show: bool
-):  # type: ignore[no-untyped-def]
+):
     """Train and return the tuned model with its best adapter, and the losses on held-out texts."""
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 

@@ -15,7 +15,7 @@ from duet_moe.finetune.voice_language import UNSURE, check_language, words_by_la
 from duet_moe.finetune.voice_personal_data import mask_personal_data
 from duet_moe.finetune.voice_records import CorpusError, Record, Skipped, read_records
 
-MIN_RECORDS, MIN_WORDS = 8, 300  # refused below
+MIN_RECORDS, MIN_WORDS = 16, 300  # refused below; the style report learns from ten of them or more
 GOOD_RECORDS, GOOD_WORDS = 40, 1500  # noted below
 MIN_HELDOUT = 4
 PERSONAL_DATA = ("mask", "refuse", "keep")

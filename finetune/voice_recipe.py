@@ -29,7 +29,7 @@ class VoiceRecipe:
 
     method: str = "lora"
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.1
     layers: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     epochs: int = 12

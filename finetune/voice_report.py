@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duet_moe.finetune.copying import Runs
 from duet_moe.finetune.corpus import Document
+from duet_moe.finetune.leaks import normalise
 from duet_moe.finetune.lexical import distinct_n
 from duet_moe.finetune.style_score import StyleScorer, neutral_texts
 from duet_moe.finetune.voice_corpus import VoiceCorpus
@@ -95,7 +96,8 @@ def style_report(
     if show:
         print("Learning what the style is", flush=True)
     plain = [*neutral, *neutral_texts(), *_answers(writer, asked, None, seed + BASE_SEED)]
-    scorer = StyleScorer.fit(own, sorted(set(plain) - {*own, ""}), seed)
+    known = {normalise(text) for text in own}
+    scorer = StyleScorer.fit(own, [text for text in plain if normalise(text) and normalise(text) not in known], seed)
     scorer.save(folder)
     prompts = _prompts(texts.heldout, 24)
     answers: dict[str, list[str]] = {"before": [], "after": []}

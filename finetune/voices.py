@@ -47,6 +47,13 @@ class VoiceStore:
 
     def names(self) -> list[str]:
         """Return the names of all voices, damaged ones too."""
+        # a folder that is renamed while the store is listed may be seen in neither place: two looks have to agree
+        seen = self._listed()
+        while (again := self._listed()) != seen:
+            seen = again
+        return seen
+
+    def _listed(self) -> list[str]:
         if not self.root.exists():
             return []
         entries = [path.name for path in self.root.iterdir() if path.is_dir()]

@@ -115,7 +115,7 @@ def test_duplicates_are_those_that_differ_in_case_and_punctuation() -> None:
     ("content", "message"),
     [
         ([], "no text that can be used"),
-        (rows(1), "1 texts and 24 words; a voice needs 8 texts and 300 words"),
+        (rows(1), "1 texts and 24 words; a voice needs 16 texts and 300 words"),
         (rows(7), "too little text: 7 texts"),
         ([{"text": f"Only {n} words here."} for n in range(70)], "70 texts and 280 words"),
     ],
