@@ -170,3 +170,15 @@ def test_a_voice_of_another_base_is_refused(trained: Path) -> None:
     other = tiny_model(seed=1, vocab_size=len(tiny_tokenizer()))
     with pytest.raises(WrongBaseError):
         other.load_voice(trained)
+
+
+def test_a_voice_learnt_on_a_4_bit_trunk_speaks_on_the_whole_one_too(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tokenizer, base = tiny_tokenizer(), tmp_path / "wide"
+    tiny_model(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64).bfloat16().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    voice = train(base, tmp_path / "store", load_in_4bit=True)
+    card = VoiceStore(voice.parent).card("fox")
+    assert card.figures["heldout_loss_after"] < card.figures["heldout_loss_before"]
+    assert card.base["hashes"]["trunk"] is None
+    assert DuetMoeForCausalLM.from_pretrained(base).load_voice(voice) == "fox"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CLOSE, SENTENCES, pad_rows, tiny_model, tiny_tokenizer, tiny_writer_of, tokens
 
-from duet_moe import DuetMoeForCausalLM, Writer
+from duet_moe import DuetMoeForCausalLM, Mode, Writer
 from duet_moe.cli import main
+from duet_moe.configuration.modes import BUILT_IN_MODES
 from duet_moe.modeling.voice_files import WrongBaseError, base_hashes, voice_folder
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'duet-moe[finetune]'")
@@ -437,6 +439,17 @@ def test_a_voice_leaves_the_factual_panel_of_a_comparison_alone(store: Path, tin
     assert voiced["factual"].tokens == plain["factual"].tokens
     assert voiced["creative"].tokens == writer.write(PROMPT, voice="acme", seed=5, max_new_tokens=12).tokens
     assert voiced["creative"].tokens != plain["creative"].tokens
+
+
+def test_only_without_a_voice_must_the_coherence_head_find_a_word_plausible(store: Path, tiny_writer: Writer) -> None:
+    writer = Writer(tiny_writer.model, tiny_writer.tokenizer, store=store)
+    strict = replace(BUILT_IN_MODES["creative"], plausible_min=1.0)  # all that the coherence head leaves is its best
+    ask = dict(max_new_tokens=6, seed=3)
+    base, free = (writer.write(PROMPT, strict, voice=voice, **ask) for voice in ("base", "acme"))
+    ruled = writer.write(PROMPT, strict, voice="acme", plausible_min=1.0, **ask)
+    greedy = writer.write(PROMPT, Mode("best"), max_new_tokens=6)
+    assert base.tokens == greedy.tokens == ruled.tokens
+    assert free.tokens != greedy.tokens
 
 
 def test_a_writer_names_a_voice_that_is_nowhere(store: Path, tiny_writer: Writer) -> None:
