@@ -82,8 +82,7 @@ def trunk_states(
     if any(parameter.requires_grad for parameter in model.model.parameters()):
         raise ValueError("The trunk's weights require gradients: states that are computed once would be out of date.")
     room = model.config.max_position_embeddings
-    encoded = [(ids[:room], max(1, start)) for ids, start in encode(documents, tokenizer)]
-    encoded = [(ids, start) for ids, start in encoded if len(ids) > start]
+    encoded = [(ids[:room], start) for ids, start in encode(documents, tokenizer) if start < room]
     folder = Path(cache) / _key(model.model, encoded)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,14 +122,11 @@ def _compute(model: DuetMoeForCausalLM, encoded: Sequence[tuple[np.ndarray, int]
         progress.say(f"Trunk states of {len(encoded)} texts, {len(labels):,} targets")
         for batch in _batches([len(ids) for ids, _ in encoded]):
             width = max(len(encoded[index][0]) for index in batch)
-            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros(len(batch), width, dtype=torch.long)
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long)  # padded at the end, where no token looks
             for row, index in enumerate(batch):
                 ids = encoded[index][0]
                 input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-                mask[row, : len(ids)] = 1
-            device = model.device
-            hidden = model.model(input_ids.to(device), mask.to(device), use_cache=False).last_hidden_state.cpu()
+            hidden = model.model(input_ids.to(model.device), use_cache=False).last_hidden_state.cpu()
             for row, index in enumerate(batch):
                 ids, start = encoded[index]
                 kept = hidden[row, start - 1 : len(ids) - 1].contiguous().view(_STORED[_dtype(model)])

@@ -108,7 +108,7 @@ class Writer:
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
             voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
-                the writer's own voice when not given. With a voice, decode rule R1 is off unless `plausible_min` is given.
+                the writer's own voice when not given. With a voice, rule R1 is off unless `plausible_min` is given.
             generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`.
 
         Raises:

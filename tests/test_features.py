@@ -77,11 +77,12 @@ def test_a_second_call_reads_what_the_first_wrote(
 def test_another_trunk_text_or_dtype_has_other_states(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = frozen(tokenizer)
     folders = {trunk_states(model, DOCUMENTS, tokenizer, tmp_path, show=False).folder}
-    folders.add(trunk_states(model, DOCUMENTS[1:], tokenizer, tmp_path, show=False).folder)
+    for others in (DOCUMENTS[1:], DOCUMENTS[:-1]):
+        folders.add(trunk_states(model, others, tokenizer, tmp_path, show=False).folder)
     model.model.layers[0].self_attn.q_proj.weight += 1e-3
     folders.add(trunk_states(model, DOCUMENTS, tokenizer, tmp_path, show=False).folder)
     folders.add(trunk_states(model.bfloat16(), DOCUMENTS, tokenizer, tmp_path, show=False).folder)
-    assert len(folders) == 4
+    assert len(folders) == 5
     model.diversity_head.unembed.weight += 1.0  # no part of the trunk
     assert trunk_states(model, DOCUMENTS, tokenizer, tmp_path, show=False).folder in folders
 
