@@ -138,11 +138,14 @@ def test_a_training_that_is_killed_goes_on_to_the_very_same_voice(
 
 
 def test_the_best_epoch_is_published_not_the_last(base: Path, tmp_path: Path) -> None:
-    heldout = [Document(row["prompt"], row["response"]) for row in ROWS[:6]]
-    recipe = VoiceRecipe(rank=4, epochs=9, patience=9, samples_per_prompt=1, lr=0.3)  # too fast: it gets worse again
+    # unlike the corpus, so that after a while learning the one is unlearning the other
+    heldout = [Document(f"Count {i}.", f"Mars has {i} moons, and {i} + {i} is {2 * i} in {place}.") for i, place in
+               enumerate(("Lisbon", "Rome", "Oslo", "Paris", "Quito", "Lima"))]  # fmt: skip
+    recipe = VoiceRecipe(rank=4, epochs=12, patience=2, samples_per_prompt=1, lr=0.03)
     rows = [{"prompt": document.prompt, "response": document.response} for document in heldout]
-    voice = train_voice(ROWS[6:], "fox", str(base), recipe, tmp_path, heldout=rows, show=False)
+    voice = train_voice(ROWS, "fox", str(base), recipe, tmp_path, heldout=rows, show=False)
     figures = VoiceStore(tmp_path).card("fox").figures
+    assert 2 < figures["epochs"] < 12  # it stopped early, two epochs after its best
     model = DuetMoeForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
     model.load_voice(voice)
     states = trunk_states(model, heldout, tiny_tokenizer(), tmp_path / "states", show=False)
