@@ -271,7 +271,8 @@ def _card(
         author=author,
         licence=licence,
         base={"name": base, "hashes": hashes},
-        corpus=texts.report.to_dict(),
+        corpus=texts.report.to_dict()
+        | {"skipped": len(texts.report.skipped)},  # which rows those were has been shown before
         recipe=asdict(recipe),
         figures=figures,
         environment={library: version(library) for library in ("torch", "transformers", "peft")},

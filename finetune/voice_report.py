@@ -37,10 +37,9 @@ PROMPTS = (
     "Describe your favourite tool.",
     "Tell me about the sea.",
     "Write an opening line.",
-)  # for a corpus that has no prompts of its own
+)  # for the samples of the card, and for a corpus that has no prompts of its own
 COPIED_WORDS = 8  # a run of as many words that is also in the corpus counts as copied
 ANSWER_TOKENS = 80
-SHOWN = 10  # answers in the report
 BASE_SEED = 500_000  # of the base's answers that the classifier learns from; the measured ones have others
 
 
@@ -122,10 +121,12 @@ def style_report(
     figures["style_share_heldout"] = scorer.share(heldout)
     figures["copied_share_heldout"] = runs.share_at_least(heldout, COPIED_WORDS)
     figures["longest_copy"] = max(runs.longest(text)[0] for text in answers["after"])
+    # to prompts of our own, since those of the corpus are the customer's and the card is passed on
+    shown = [_answers(writer, PROMPTS, speaks, seed) for speaks in (None, voice)]
     figures["samples"] = [
         {"prompt": prompt, "before": before, "after": after}
-        for prompt, before, after in zip(prompts, answers["before"], answers["after"], strict=False)
-    ][:SHOWN]
+        for prompt, before, after in zip(PROMPTS, *shown, strict=True)
+    ]
     return figures
 
 

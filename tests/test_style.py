@@ -64,6 +64,8 @@ def test_a_voice_is_learnt_published_and_leaves_no_trace_of_its_making(trained: 
     assert card.base["name"] == base.name
     assert card.figures["heldout_loss_after"] < 0.95 * card.figures["heldout_loss_before"]
     assert str(base.parent) not in (trained / "adapter_config.json").read_text() + (trained / "voice.json").read_text()
+    told = "".join((trained / name).read_text() for name in ("voice.json", "README.md", "style.json"))
+    assert not any(row["prompt"] in told or row["response"] in told for row in ROWS)
     assert not list((trained.parent / ".training").iterdir())
     assert 0 <= card.figures["style_share_after"] <= 1
     assert any(sample["before"] != sample["after"] for sample in card.figures["samples"])
