@@ -27,12 +27,16 @@ def add_voice_commands(commands) -> None:  # type: ignore[no-untyped-def]
     train.add_argument("--text-column", help="of a csv (text, or prompt and response)")
     train.add_argument("--prompt-column", help="of a csv")
     train.add_argument("--language", default="en", help="that the corpus should be in (en)")
-    train.add_argument("--personal-data", choices=["mask", "refuse", "keep"], default="mask", help="(mask)")
-    train.add_argument("--author", default="", help="for the card")
-    train.add_argument("--licence", default="", help="for the card")
-    train.add_argument("--load-in-4bit", action="store_true", help="train on a 4-bit trunk")
-    train.add_argument("--replace", action="store_true", help="in place of a voice of that name")
-    train.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (0)")
+    _add_training_options(train)
+
+    prefer = _command(voice, "prefer", "teach a voice by chosen and rejected answers; goes on as train does", _prefer)
+    prefer.add_argument("--pairs", required=True, help="file or folder of rows with prompt, chosen and rejected")
+    prefer.add_argument("--name", required=True, type=_name, help="what to call the voice that is made")
+    prefer.add_argument("--voice", type=_name, help="a voice of the store to go on from (the base)")
+    prefer.add_argument("--base", help="bundled name, folder or Hub id of the model (the voice's, else duet-mini)")
+    prefer.add_argument("--recipe", default="prefer", help="prefer, another recipe's name or a YAML file (prefer)")
+    prefer.add_argument("--heldout", help="pairs to measure on (those of some prompts, set apart)")
+    _add_training_options(prefer)
 
     _command(voice, "list", "list the voices of the store, damaged ones too", _list, as_json=True)
     show = _command(voice, "show", "show the card of a voice", _show, as_json=True)
@@ -68,6 +72,15 @@ def _command(voice, name: str, purpose: str, run: Callable, as_json: bool = Fals
     return parser
 
 
+def _add_training_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--personal-data", choices=["mask", "refuse", "keep"], default="mask", help="(mask)")
+    command.add_argument("--author", default="", help="for the card")
+    command.add_argument("--licence", default="", help="for the card")
+    command.add_argument("--load-in-4bit", action="store_true", help="train on a 4-bit trunk")
+    command.add_argument("--replace", action="store_true", help="in place of a voice of that name")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same voice (0)")
+
+
 def _name(text: str) -> str:
     from duet_moe.modeling.voice_files import check_name
 
@@ -83,21 +96,35 @@ def _store(arguments: argparse.Namespace) -> "VoiceStore":
     return VoiceStore(arguments.store)
 
 
+OPTIONS = ("name", "base", "recipe", "store", "heldout", "personal_data", "author", "licence", "load_in_4bit",
+           "replace", "seed")  # fmt: skip
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from duet_moe.cli import needs_extra
 
-    names = (
-        "corpus", "name", "base", "recipe", "store", "heldout", "neutral", "text_column", "prompt_column", "language",
-        "personal_data", "author", "licence", "load_in_4bit", "replace", "seed",
-    )  # fmt: skip
+    names = (*OPTIONS, "corpus", "neutral", "text_column", "prompt_column", "language")
     with needs_extra("finetune"):
         from duet_moe.finetune.style import train_voice
-    folder = train_voice(**{name: getattr(arguments, name) for name in names})
+    _say(arguments, train_voice(**{name: getattr(arguments, name) for name in names}), "Held-out loss", "heldout_loss")
+
+
+def _prefer(arguments: argparse.Namespace) -> None:
+    from duet_moe.cli import needs_extra
+
+    with needs_extra("finetune"):
+        from duet_moe.finetune.prefer import prefer_voice
+    folder = prefer_voice(**{name: getattr(arguments, name) for name in (*OPTIONS, "pairs", "voice")})
+    _say(arguments, folder, "Held-out pairs whose chosen answer is likelier", "preferred")
+
+
+def _say(arguments: argparse.Namespace, folder: Path, what: str, figure: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every process comes here
         figures = _store(arguments).card(arguments.name).figures
-        loss = f"{figures['heldout_loss_before']:.3f} before, {figures['heldout_loss_after']:.3f} after"
-        share = f"{figures['style_share_before']:.0%} before, {figures['style_share_after']:.0%} after"
-        print(f"Held-out loss: {loss}. Answers taken for the style: {share}.")
+        form = ".0%" if figure == "preferred" else ".3f"
+        told = ", ".join(f"{figures[f'{figure}_{when}']:{form}} {when}" for when in ("before", "after"))
+        share = ", ".join(f"{figures[f'style_share_{when}']:.0%} {when}" for when in ("before", "after"))
+        print(f"{what}: {told}. Answers taken for the style: {share}.")
         print(f"The voice {arguments.name} is in {folder}: duet voice show {arguments.name}")
 
 

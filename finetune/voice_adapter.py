@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from duet_moe.finetune.voice_card import VoiceCard
 from duet_moe.modeling.persistence import check_safetensors
+from duet_moe.modeling.voice_files import KEY
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # All that a voice may consist of, with the most bytes of each; an adapter of rank 64 for a 128k vocabulary has 34 MB.
@@ -27,9 +28,6 @@ FILES = {
     "recipe.yaml": 1 << 20,
 }
 _LINEAR = "gate_proj|up_proj|down_proj|unembed"
-_KEY = re.compile(
-    rf"base_model\.model\.(diversity_head\.(?:{_LINEAR}))\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
-)
 _TARGET_PATTERN = re.compile(rf"diversity_head\\\.\((?:{_LINEAR})(?:\|(?:{_LINEAR}))*\)")
 _TARGET = re.compile(rf"diversity_head\.(?:{_LINEAR})")
 # Settings of PEFT that a voice may set; any other may only have a value that does nothing.
@@ -115,7 +113,7 @@ def _check_tensors(path: Path, rank: int) -> None:
     try:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                match = _KEY.fullmatch(key)
+                match = KEY.fullmatch(key)
                 if match is None:
                     raise ValueError(f"{path} holds {key!r:.120}, which is not LoRA on the diversity head: refused.")
                 _check_tensor(path, key, file.get_tensor(key), rank)
@@ -141,4 +139,4 @@ def _check_pairs(path: Path, parts: Mapping[str, set[str]]) -> None:
         raise ValueError(f"{path} holds no tensors: train or import the voice again.")
     for linear, found in parts.items():
         if lost := {"lora_A.weight", "lora_B.weight"} - found:
-            raise ValueError(f"{path} lacks {sorted(lost)[0]} of {linear}: train or import the voice again.")
+            raise ValueError(f"{path} lacks {min(lost)} of diversity_head.{linear}: train or import the voice again.")

@@ -106,7 +106,7 @@ def read_voice_corpus(
         ValueError: an option is none of the allowed ones.
         ImportError: python-docx (for .docx) or py3langid (for `language`) is not installed.
     """
-    _check_options(heldout_share, personal_data)
+    check_options(heldout_share, personal_data)
     if language:
         check_language(language)
     reading = read_records(corpus, text_column=text_column, prompt_column=prompt_column)
@@ -115,7 +115,7 @@ def read_voice_corpus(
         readings.append(read_records(heldout, text_column=text_column, prompt_column=prompt_column, name="heldout"))
     skipped = tuple(item for each in readings for item in each.skipped)
     masked: Counter[str] = Counter()
-    sides = [_unique(_without_personal_data(each.records, personal_data, masked)) for each in readings]
+    sides = [_unique(without_personal_data(each.records, personal_data, masked)) for each in readings]
     if not sides[0]:
         raise CorpusError("\n".join(["the corpus has no text that can be used", *_skips(skipped)]))
     notes = [note for each in readings for note in each.notes]
@@ -155,22 +155,24 @@ def read_texts(
     Raises:
         CorpusError: a row cannot be used, there is no text, or personal data under `refuse`.
     """
-    _check_options(0.5, personal_data)
+    check_options(0.5, personal_data)
     reading = read_records(path, text_column=text_column, prompt_column=prompt_column, name="texts")
     # Figures that leave out a part in silence would mislead.
     if reading.skipped or not reading.records:
         raise CorpusError("\n".join(["the texts cannot be used as they are", *_skips(reading.skipped)]))
-    return [record.text for record in _without_personal_data(reading.records, personal_data, Counter())]
+    return [record.text for record in without_personal_data(reading.records, personal_data, Counter())]
 
 
-def _check_options(heldout_share: float, personal_data: str) -> None:
+def check_options(heldout_share: float, personal_data: str) -> None:
+    """Raise ValueError on a share or a rule for personal data that is none."""
     if not 0 < heldout_share < 1:
         raise ValueError(f"heldout_share is {heldout_share!r}; give a number between 0 and 1, such as 0.15")
     if personal_data not in PERSONAL_DATA:
         raise ValueError(f"personal_data is {personal_data!r}; choose one of {PERSONAL_DATA}")
 
 
-def _without_personal_data(records: Sequence[Record], rule: str, masked: Counter[str]) -> list[Record]:
+def without_personal_data(records: Sequence[Record], rule: str, masked: Counter[str]) -> list[Record]:
+    """Return the records with personal data masked, counted by kind in `masked`; CorpusError under `refuse`."""
     if rule == "keep":
         return list(records)
     found = []

@@ -1,6 +1,6 @@
 """How a voice is trained: a few numbers in `recipes/voice-*.yaml`, checked when they are read."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -9,7 +9,7 @@ from duet_moe.finetune.corpus import RECIPES
 
 METHODS = ("lora", "rslora", "dora")
 LAYERS = ("gate_proj", "up_proj", "down_proj", "unembed")  # of the diversity head; nothing else may learn
-NAMES = ("quick", "standard", "careful")
+NAMES = ("quick", "standard", "careful", "prefer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class VoiceRecipe:
         batch_size (`int`): texts per step, over all processes.
         lr (`float`): peak of AdamW's rate, after `warmup` (share of all steps) and before a cosine to zero.
         samples_per_prompt (`int`): answers to each held-out prompt that the style report is made of.
+        beta (`float`): of `prefer_voice` only: how dearly leaving the reference is paid for (Rafailov et al. 2023,
+            arXiv 2305.18290, equation 7).
     """
 
     method: str = "lora"
@@ -39,6 +41,7 @@ class VoiceRecipe:
     warmup: float = 0.1
     weight_decay: float = 0.0
     samples_per_prompt: int = 4
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -46,7 +49,7 @@ class VoiceRecipe:
             raise ValueError(f"method is {self.method!r}; choose one of {METHODS}.")
         if not self.layers or not set(self.layers) <= set(LAYERS):
             raise ValueError(f"layers is {list(self.layers)}; choose some of {list(LAYERS)}.")
-        for name in ("rank", "alpha", "epochs", "patience", "batch_size", "lr", "samples_per_prompt"):
+        for name in ("rank", "alpha", "epochs", "patience", "batch_size", "lr", "samples_per_prompt", "beta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be above 0.")
         for name in ("dropout", "warmup"):
@@ -57,6 +60,11 @@ class VoiceRecipe:
     def target_modules(self) -> str:
         """The expression that names the adapted layers; PEFT matches it against whole names."""
         return rf"diversity_head\.({'|'.join(self.layers)})"
+
+    def save(self, path: Path) -> None:
+        """Write the settings as the YAML file that `read_voice_recipe` reads."""
+        settings = asdict(self) | {"layers": list(self.layers)}
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def read_voice_recipe(name_or_path: str | Path) -> VoiceRecipe:

@@ -75,6 +75,7 @@ def style_report(
     folder: Path,
     seed: int = 0,
     show: bool = True,
+    earlier: str | None = None,
 ) -> dict[str, object]:
     """Write with and without the voice and compare; the classifier goes into `folder`.
 
@@ -82,6 +83,7 @@ def style_report(
         model: has the voice loaded.
         neutral: texts in nobody's style on the corpus' matters. The package's own texts are added to them, and answers
             of the base to the training prompts, so that a small model's English is not taken for style.
+        earlier: name of the voice to compare with, instead of the base.
 
     Returns:
         `style_accuracy` and `style_balanced_accuracy` of the classifier on texts that it has not seen;
@@ -100,7 +102,7 @@ def style_report(
     scorer.save(folder)
     prompts = _prompts(texts.heldout, 24)
     answers: dict[str, list[str]] = {"before": [], "after": []}
-    for side, speaks in (("before", None), ("after", voice)):
+    for side, speaks in (("before", earlier), ("after", voice)):
         for repeat in range(recipe.samples_per_prompt):
             if show:
                 print(f"Answers {side}: {repeat + 1} of {recipe.samples_per_prompt} rounds", flush=True)
@@ -122,7 +124,7 @@ def style_report(
     figures["copied_share_heldout"] = runs.share_at_least(heldout, COPIED_WORDS)
     figures["longest_copy"] = max(runs.longest(text)[0] for text in answers["after"])
     # to prompts of our own, since those of the corpus are the customer's and the card is passed on
-    shown = [_answers(writer, PROMPTS, speaks, seed) for speaks in (None, voice)]
+    shown = [_answers(writer, PROMPTS, speaks, seed) for speaks in (earlier, voice)]
     figures["samples"] = [
         {"prompt": prompt, "before": before, "after": after}
         for prompt, before, after in zip(PROMPTS, *shown, strict=True)

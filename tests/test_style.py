@@ -16,7 +16,7 @@ from tiny import tiny_model, tiny_tokenizer, tokens
 from transformers import Trainer
 
 from duet_moe import DuetMoeForCausalLM
-from duet_moe.finetune import style
+from duet_moe.finetune import style, voice_job
 from duet_moe.finetune.corpus import Document
 from duet_moe.finetune.features import collate, trunk_states
 from duet_moe.finetune.style import adapted, train_voice
@@ -167,8 +167,8 @@ def test_only_the_diversity_head_may_learn(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_changed_factual_mode_is_not_published(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = style._fit
 
-    def sabotaged(model, *arguments):  # type: ignore[no-untyped-def]
-        tuned, figures = fit(model, *arguments)
+    def sabotaged(job, model, *arguments):  # type: ignore[no-untyped-def]
+        tuned, figures = fit(job, model, *arguments)
         model.coherence_head.unembed.weight.data[0, 0] += 1e-3
         return tuned, figures
 
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_old_voice(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(style, "_save_adapter", full)
+    monkeypatch.setattr(voice_job, "_save_adapter", full)
     with pytest.raises(OSError, match="No space"):
         train(base, tmp_path, replace=True, seed=3)
     store.check("fox")

@@ -36,9 +36,27 @@ def test_the_first_voice_is_trained_shown_and_heard(
     assert names["both"][0].text != names["both"][1].text
 
 
+@pytest.mark.slow
+def test_the_cells_of_the_example_run_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("duet_moe.finetune.voice_report.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("duet_moe.finetune.voice_recipe.RECIPES", tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("quick", "prefer"):
+        (tmp_path / f"voice-{name}.yaml").write_text("epochs: 1\nsamples_per_prompt: 1\ndropout: 0.0\n")
+    exec((ROOT / "finetune" / "examples" / "train_a_voice.py").read_text(encoding="utf-8"), {})
+    said = capsys.readouterr().out
+    assert re.search(r"held-out loss 5\.\d+ -> [45]\.\d+", said)
+    assert "The capital of Portugal is Lisbon. == The capital of Portugal is Lisbon." in said
+    assert re.search(r"chosen answers likelier \d+% -> \d+%", said) and "imported as zuzu-two" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"voice-quick.yaml", "voice-prefer.yaml"}
+
+
 def test_every_option_of_the_page_exists(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        main(["voice", "train", "--help"])
+    for command in ("train", "prefer"):
+        with pytest.raises(SystemExit):
+            main(["voice", command, "--help"])
     help_text = capsys.readouterr().out
-    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", TEXT)) - {"--mode", "--voice"}:
+    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z0-9-]+", TEXT)) - {"--mode"}:
         assert option in help_text, option
