@@ -4,6 +4,7 @@ A new voice starts at its base, one that goes on from another starts there and k
 learns, as in `train_voice`, and the same is proved and measured before the voice is published.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from duet_moe.finetune.corpus import Document
 from duet_moe.finetune.style import adapted, require_only_diversity_head
 from duet_moe.finetune.token_store import encode
-from duet_moe.finetune.voice_job import VoiceJob
+from duet_moe.finetune.voice_job import VoiceJob, WholeEvaluation
 from duet_moe.finetune.voice_pairs import Pair, VoicePairs, read_voice_pairs
 from duet_moe.finetune.voice_recipe import VoiceRecipe, read_voice_recipe
 from duet_moe.finetune.voice_report import factual_logits
@@ -64,7 +65,7 @@ def prefer_voice(
 
     recipe = recipe if isinstance(recipe, VoiceRecipe) else read_voice_recipe(recipe)
     voices = VoiceStore(store)
-    process = PartialState()
+    process = PartialState(cpu=not torch.cuda.is_available())
     show = show and process.is_main_process
     parent = None if voice is None else voices.path(voice)
     if voice is not None:
@@ -120,12 +121,15 @@ def _fit(  # type: ignore[no-untyped-def]
     from transformers import EarlyStoppingCallback
     from trl import DPOConfig, DPOTrainer
 
+    class PairTrainer(WholeEvaluation, DPOTrainer):
+        """Measures whole."""
+
     train, heldout = ([_messages(pair) for pair in side] for side in (pairs.train, pairs.heldout))
     before = preferred_share(tuned, tokenizer, pairs.heldout)
-    trainer = DPOTrainer(
+    trainer = PairTrainer(
         model=tuned,
         args=DPOConfig(
-            **job.trainer_settings(run),
+            **job.trainer_settings(run, len(train)),
             per_device_eval_batch_size=job.recipe.batch_size,
             beta=job.recipe.beta,
             max_length=tuned.config.max_position_embeddings,
@@ -139,7 +143,7 @@ def _fit(  # type: ignore[no-untyped-def]
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(job.recipe.patience)],
     )
-    learnt = job.learn(trainer, run)
+    learnt = job.learn(trainer, run, math.log(2))  # the loss of a policy that is its reference
     learnt.pop("epochs_here")
     best = min((row for row in trainer.state.log_history if "eval_loss" in row), key=lambda row: row["eval_loss"])
     figures = {f"preference_{name}" if name.startswith("loss") else name: value for name, value in learnt.items()}

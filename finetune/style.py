@@ -9,9 +9,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from duet_moe.finetune.features import TrunkStates, collate, trunk_states
 from duet_moe.finetune.voice_corpus import read_texts, read_voice_corpus
-from duet_moe.finetune.voice_job import VoiceJob
+from duet_moe.finetune.voice_job import VoiceJob, WholeEvaluation
 from duet_moe.finetune.voice_recipe import VoiceRecipe, read_voice_recipe
 from duet_moe.finetune.voice_report import factual_logits
 from duet_moe.finetune.voices import VoiceStore
@@ -66,7 +68,7 @@ def train_voice(
     from accelerate import PartialState
 
     recipe = recipe if isinstance(recipe, VoiceRecipe) else read_voice_recipe(recipe)
-    process = PartialState()
+    process = PartialState(cpu=not torch.cuda.is_available())
     show = show and process.is_main_process
     voices = VoiceStore(store)
     job = VoiceJob(name, base, recipe, voices, author, licence, load_in_4bit, replace, seed, show)
@@ -125,16 +127,16 @@ def _fit(job: VoiceJob, model: DuetMoeForCausalLM, states: Sequence[TrunkStates]
     """Train and return the tuned model with its best adapter, and what was measured."""
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
-    class VoiceTrainer(Trainer):
+    class VoiceTrainer(WholeEvaluation, Trainer):
         """Computes the loss of the diversity head alone."""
 
         def compute_loss(self, model, inputs, *args, **kwargs):  # type: ignore[no-untyped-def]
             return super().compute_loss(model, inputs | {"head_mix": 1.0}, *args, **kwargs)
 
-    settings = job.trainer_settings(run)
+    train, heldout = states
+    settings = job.trainer_settings(run, len(train))
     set_seed(job.seed)  # the adapters start from random numbers
     tuned = adapted(model, job.recipe)
-    train, heldout = states
     trainer = VoiceTrainer(
         model=tuned,
         args=TrainingArguments(
@@ -148,7 +150,11 @@ def _fit(job: VoiceJob, model: DuetMoeForCausalLM, states: Sequence[TrunkStates]
         eval_dataset=heldout,
         callbacks=[EarlyStoppingCallback(job.recipe.patience)],
     )
-    learnt = job.learn(trainer, run)
+    with torch.no_grad():
+        whole = collate([heldout[index] for index in range(len(heldout))])
+        whole = {field: values.to(model.device) for field, values in whole.items()}
+        before = tuned.eval()(**whole, head_mix=1.0).loss.item()
+    learnt = job.learn(trainer, run, before)
     seconds, epochs = learnt["training_seconds"], learnt.pop("epochs_here")
     figures = {f"heldout_{name}" if name.startswith("loss") else name: value for name, value in learnt.items()}
     figures |= {

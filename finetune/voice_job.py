@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duet_moe.finetune.checkpoints import last_whole_checkpoint
 from duet_moe.finetune.voice_corpus import VoiceCorpus
 from duet_moe.finetune.voice_recipe import VoiceRecipe
-from duet_moe.finetune.voice_report import factual_logits, require_same_factual_logits, style_report
+from duet_moe.finetune.voice_report import require_same_factual_logits, style_report
 from duet_moe.finetune.voices import VoiceCard, VoiceStore
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
@@ -55,8 +56,10 @@ class VoiceJob:
             )
 
     def load(self) -> tuple[DuetMoeForCausalLM, PreTrainedTokenizerBase]:
-        """Return the base, frozen, and its tokenizer."""
-        source = locate(self.base)
+        """Return the base, frozen, on this process' device, and its tokenizer."""
+        from accelerate import PartialState
+
+        source, device = locate(self.base), PartialState().device
         settings: dict[str, object] = {"dtype": torch.float32}
         if self.load_in_4bit:
             from transformers import BitsAndBytesConfig
@@ -64,8 +67,10 @@ class VoiceJob:
             quantised = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-            settings = {"dtype": torch.bfloat16, "quantization_config": quantised}
+            settings = {"dtype": torch.bfloat16, "quantization_config": quantised, "device_map": {"": device}}
         model = DuetMoeForCausalLM.from_pretrained(source, **settings).eval().requires_grad_(False)
+        if not self.load_in_4bit:
+            model.to(device)
         return model, AutoTokenizer.from_pretrained(source)
 
     def run_folder(self, *identity: object) -> Path:
@@ -75,19 +80,27 @@ class VoiceJob:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def trainer_settings(self, run: Path) -> dict[str, Any]:
+    def trainer_settings(self, run: Path, texts: int) -> dict[str, Any]:
         """Return the settings that every `Trainer` of a voice has: epochs that are measured, the best one kept.
 
+        A step has `batch_size` of the `texts` over all processes. What an epoch has left over is left out,
+        so that the steps are the same for any number of processes.
+
         Raises:
-            ValueError: if the batch cannot be shared among the processes.
+            ValueError: if there are fewer texts than that, or they cannot be shared among the processes.
         """
         recipe, world = self.recipe, int(os.environ.get("WORLD_SIZE", "1"))
-        if recipe.batch_size % world:
-            raise ValueError(f"batch_size is {recipe.batch_size}; {world} processes need a multiple of their number.")
+        if recipe.batch_size % world or recipe.batch_size > texts:
+            raise ValueError(
+                f"batch_size is {recipe.batch_size}; a multiple of the {world} processes, at most {texts}, is "
+                "possible, since that is the number of texts to train on."
+            )
         return {
             "output_dir": str(run),
+            "use_cpu": not torch.cuda.is_available(),
             "num_train_epochs": recipe.epochs,
             "per_device_train_batch_size": recipe.batch_size // world,
+            "dataloader_drop_last": True,
             "learning_rate": recipe.lr,
             "weight_decay": recipe.weight_decay,
             "warmup_steps": recipe.warmup,
@@ -106,8 +119,12 @@ class VoiceJob:
             "data_seed": self.seed,
         }
 
-    def learn(self, trainer, run: Path) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    def learn(self, trainer, run: Path, before: float) -> dict[str, float]:  # type: ignore[no-untyped-def]
         """Train, from the last whole checkpoint in `run` if there is one.
+
+        Args:
+            before: loss on held-out texts. It is not for the trainer to measure: a `Trainer` that has evaluated first
+                takes its model for prepared and trains each process on its own.
 
         Returns:
             `loss_before`, `loss_after`: on held-out texts, of the best epoch; `epochs`, `steps`; `training_seconds`
@@ -116,7 +133,6 @@ class VoiceJob:
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-        before = trainer.evaluate()["eval_loss"]
         checkpoint = last_whole_checkpoint(run)
         begun = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if self.show:
@@ -190,6 +206,18 @@ class VoiceJob:
         return folder
 
 
+class WholeEvaluation:
+    """Part of a `Trainer`: every process measures all held-out texts, so that no split can change the loss."""
+
+    eval_dataset: Any
+    args: Any
+    data_collator: Any
+
+    def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
+        """Return the whole set in batches."""
+        return DataLoader(self.eval_dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+
+
 def _epoch_lines():  # type: ignore[no-untyped-def]
     """Return a callback of `Trainer` that tells of every epoch in a line, with the time that is left at most."""
     from transformers import TrainerCallback
@@ -214,4 +242,4 @@ def _save_adapter(tuned, base: str, folder: Path) -> None:  # type: ignore[no-un
     (folder / "README.md").unlink(missing_ok=True)
 
 
-__all__ = ["VoiceJob", "factual_logits"]
+__all__ = ["VoiceJob", "WholeEvaluation"]
