@@ -1,13 +1,16 @@
 """Voices of the tiny model: random adapters, made by PEFT as a training would save them."""
 
+import json
+import os
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
-from duet_moe.finetune.voice_adapter import ADAPTER, sha256_of
+from duet_moe.finetune.voice_adapter import ADAPTER, CONFIG, sha256_of
 from duet_moe.finetune.voice_card import VoiceCard
+from duet_moe.finetune.voices import VoiceStore
 from duet_moe.modeling.voice_files import base_hashes
 
 HEAD = r"diversity_head\.(gate_proj|up_proj|down_proj|unembed)"
@@ -44,3 +47,20 @@ def make_card(folder: Path, name: str = "acme", **changes: object) -> VoiceCard:
         "adapter_sha256": sha256_of(folder / ADAPTER),
     }
     return VoiceCard(**(fields | changes))
+
+
+def digest(folder: Path) -> str:
+    return VoiceCard.load(folder).adapter_sha256
+
+
+def reconfigure(folder: Path, **changes: object) -> None:
+    settings = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps(settings))
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def hidden(store: VoiceStore) -> list[str]:
+    return [path.name for path in store.root.iterdir() if path.name.startswith(".")] if store.root.exists() else []
