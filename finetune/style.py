@@ -99,8 +99,16 @@ def adapted(model: DuetMoeForCausalLM, recipe: VoiceRecipe):  # type: ignore[no-
 
     Raises:
         RuntimeError: if anything else could.
+        ValueError: if DoRA is asked for a layer of zeros, whose direction it would have to keep.
     """
     from peft import LoraConfig, get_peft_model
+
+    for layer in recipe.layers if recipe.method == "dora" else ():
+        if not getattr(model.diversity_head, layer).weight.any(dim=1).all():
+            raise ValueError(
+                f"method is 'dora', which keeps the direction of every row of a weight, and {layer} of this head has "
+                "rows of zeros, as a head that was never trained: use lora or rslora, or leave it out of layers."
+            )
 
     config = LoraConfig(
         r=recipe.rank,

@@ -150,7 +150,7 @@ def markdown_paragraphs(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def docx_paragraphs(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the paragraphs of a Word document, with their number as line; text in tables is left out.
+    """Yield the paragraphs of a Word document, with their number as line; tables cannot be used.
 
     Raises:
         ImportError: python-docx is not installed.
@@ -164,7 +164,8 @@ def docx_paragraphs(path: Path) -> Iterator[tuple[int, object]]:
             size = sum(item.file_size for item in archive.infolist())
         if size > MAX_WHOLE:
             raise ValueError(f"over {MAX_WHOLE:,} bytes when unpacked; split the document")
-        paragraphs = docx.Document(str(path)).paragraphs
+        document = docx.Document(str(path))
+        paragraphs, tables = document.paragraphs, len(document.tables)
     except Exception as error:  # a damaged document ends in errors of zip, zlib, lxml and python-docx
         reason = str(error) if type(error) is ValueError else type(error).__name__
         yield 1, ValueError(f"not a readable .docx document ({reason})")
@@ -172,6 +173,8 @@ def docx_paragraphs(path: Path) -> Iterator[tuple[int, object]]:
     for number, paragraph in enumerate(paragraphs, 1):
         if text := paragraph.text.strip():
             yield number, text
+    if tables:
+        yield len(paragraphs), ValueError(f"text in tables cannot be read; this document has {tables}")
 
 
 def _json_value(text: str, position: int) -> tuple[object, int]:

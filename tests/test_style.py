@@ -164,6 +164,17 @@ def test_only_the_diversity_head_may_learn(monkeypatch: pytest.MonkeyPatch) -> N
         adapted(tiny_model(), VoiceRecipe(rank=2))
 
 
+def test_dora_on_a_layer_of_zeros_is_refused_and_lora_learns_it() -> None:
+    model = tiny_model()
+    torch.nn.init.zeros_(model.diversity_head.down_proj.weight)
+    with pytest.raises(ValueError, match="down_proj of this head has rows of zeros"):
+        adapted(model, VoiceRecipe(rank=2, method="dora"))
+    tuned = adapted(model, VoiceRecipe(rank=2, method="dora", layers=("gate_proj", "unembed")))
+    assert torch.isfinite(tuned(tokens(1, 4), head_mix=1.0).logits).all()
+    adapted(tiny_model(), VoiceRecipe(rank=2, method="dora"))
+    adapted(model, VoiceRecipe(rank=2))
+
+
 def test_a_changed_factual_mode_is_not_published(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = style._fit
 

@@ -282,6 +282,12 @@ def test_word_documents(tmp_path: Path) -> None:
         document.add_paragraph(paragraph)
     document.save(str(tmp_path / "a.docx"))
     assert texts(read_records(tmp_path / "a.docx")) == ["First.\n\nSecond."]
+    document.add_table(1, 1).cell(0, 0).text = "In a table."
+    document.save(str(tmp_path / "table.docx"))
+    reading = read_records(tmp_path / "table.docx")
+    assert [record.text for record in reading.records] == ["First.\n\nSecond."]
+    assert [item.reason for item in reading.skipped] == ["text in tables cannot be read; this document has 1"]
+    (tmp_path / "table.docx").unlink()
     whole = (tmp_path / "a.docx").read_bytes()
     put(tmp_path, "b.docx", whole[: len(whole) // 2])
     put(tmp_path, "c.docx", b"")
