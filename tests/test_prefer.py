@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer, tokens
+from tiny_voice import recorded_starts
 from transformers import Trainer
 
 from duet_moe import DuetMoeForCausalLM
@@ -105,14 +106,7 @@ def test_a_killed_training_goes_on_to_the_same_voice(
         with pytest.raises(KeyboardInterrupt):
             prefer(base, tmp_path)
     assert VoiceStore(tmp_path).names() == []
-    started: list[str | None] = []
-    train = Trainer.train
-
-    def recorded(self, resume_from_checkpoint=None, **options):  # type: ignore[no-untyped-def]
-        started.append(resume_from_checkpoint)
-        return train(self, resume_from_checkpoint, **options)
-
-    monkeypatch.setattr(Trainer, "train", recorded)
+    started = recorded_starts(monkeypatch)
     again = prefer(base, tmp_path)
     assert "checkpoint-" in str(started[0])
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (taught, again))

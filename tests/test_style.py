@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer, tokens
-from transformers import Trainer
+from tiny_voice import recorded_starts
 
 from duet_moe import DuetMoeForCausalLM
 from duet_moe.finetune import style, voice_job
@@ -123,14 +123,7 @@ def test_a_training_that_is_killed_goes_on_to_the_very_same_voice(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert VoiceStore(tmp_path).names() == []
-    started: list[str | None] = []
-    plain = Trainer.train
-
-    def recorded(self, resume_from_checkpoint=None, **kwargs):  # type: ignore[no-untyped-def]
-        started.append(resume_from_checkpoint)
-        return plain(self, resume_from_checkpoint, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train", recorded)
+    started = recorded_starts(monkeypatch)
     train(base, tmp_path)
     assert "checkpoint-" in str(started[0])
     expected = load_file(trained / "adapter_model.safetensors")

@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
+from transformers import Trainer
 
 from duet_moe.finetune.voice_adapter import ADAPTER, CONFIG, sha256_of
 from duet_moe.finetune.voice_card import VoiceCard
@@ -64,3 +66,16 @@ def cut(path: Path, size: int) -> None:
 
 def hidden(store: VoiceStore) -> list[str]:
     return [path.name for path in store.root.iterdir() if path.name.startswith(".")] if store.root.exists() else []
+
+
+def recorded_starts(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Return a list that will tell from which checkpoint every training began."""
+    started: list[str | None] = []
+    train = Trainer.train
+
+    def recorded(self, resume_from_checkpoint=None, **options):  # type: ignore[no-untyped-def]
+        started.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, **options)
+
+    monkeypatch.setattr(Trainer, "train", recorded)
+    return started
