@@ -116,7 +116,7 @@ def test_a_training_that_is_killed_goes_on_to_the_very_same_voice(
 ) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(base), str(tmp_path)], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob(".training/fox-*/checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline, "the training ended before it could be killed"
         time.sleep(0.005)
