@@ -31,6 +31,7 @@ class DuetMoeConfig(PreTrainedConfig):
         norm_topk_prob (`bool`): scale the weights of the chosen experts so that they sum to 1.
         head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
+        plan_bank_size (`int`): plans to draw from that are saved with the model; 0 for a head that has not learnt any.
         head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
         default_mode (`str`): mode that [`Writer`] uses when a call names none.
         format_version (`int`): of the checkpoint; one that is newer than this package is refused.
@@ -106,6 +107,7 @@ class DuetMoeConfig(PreTrainedConfig):
 
     head_intermediate_size: int | None = None
     plan_size: int = 32
+    plan_bank_size: int = 0
     head_mix: float = 0.0
     default_mode: str = "creative"
     format_version: int = FORMAT_VERSION
@@ -154,8 +156,14 @@ class DuetMoeConfig(PreTrainedConfig):
         )  # fmt: skip
         for name in positive:
             _require(isinstance(value := getattr(self, name), int) and value >= 1, name, value, "a whole number >= 1")
-        for name in ("num_shared_experts", "plan_size"):
+        for name in ("num_shared_experts", "plan_size", "plan_bank_size"):
             _require(isinstance(value := getattr(self, name), int) and value >= 0, name, value, "a whole number >= 0")
+        _require(
+            self.plan_size > 0 or not self.plan_bank_size,
+            "plan_bank_size",
+            self.plan_bank_size,
+            "0 where plan_size is 0",
+        )
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even (rotary embeddings turn pairs)")
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,

@@ -24,6 +24,8 @@ class Mode:
         head_mix (`float`): 0 is the coherence head, 1 the diversity head, between them the geometric mix (rule R3).
         plausible_min (`float`): forbid tokens whose coherence probability is below this share of the best (rule R1);
             0 forbids nothing.
+        draw_plan (`bool`): steer each sample of the diversity head by a plan drawn from the model's bank, if it has
+            one and the call gives no plan.
         plan_guidance (`float`): weight of plan guidance (rule R2); 0 is off, and it needs a plan.
         num_experts_per_tok (`int`, *optional*): active experts; the model's own number when `None`.
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `transformers.GenerationConfig`;
@@ -36,6 +38,7 @@ class Mode:
     name: str
     head_mix: float = 0.0
     plausible_min: float = 0.0
+    draw_plan: bool = False
     plan_guidance: float = 0.0
     num_experts_per_tok: int | None = None
     do_sample: bool = False

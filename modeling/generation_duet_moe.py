@@ -90,7 +90,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
             seed (`int` or one per row, *optional*): draw row by row from generators of these seeds; an int counts up
                 from row to row. Without it, sampling uses torch's global generator.
             voice (`str` or a list with one per row, *optional*): names of loaded voices; `None` in a list is the base.
-            head_mix, plan, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`.
+            plan (`torch.Tensor` of shape (batch, plan_size), *optional*): as in `forward`; where a mode draws plans,
+                one of the model's bank by the row's seed when not given.
+            head_mix, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`.
 
         Raises:
             ValueError: if a mode or voice is not known, or `mode`/`seed`/`voice` have another length than the batch,
@@ -112,17 +114,29 @@ class DuetMoeGenerationMixin(GenerationMixin):
             rows = _batch_size(inputs, kwargs)
             own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
             modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
-            self._sample_by_row(modes, _seeds(seed, rows), generation_config, kwargs)
+            seeds = _seeds(seed, rows)
+            self._sample_by_row(modes, seeds, generation_config, kwargs)
             if mode is not None:
                 kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
+            self._draw_plans(modes, seeds, kwargs)
         else:
             chosen = resolve_mode(mode, known)
             for name, value in chosen.sampling_kwargs().items():
                 setattr(generation_config, name, kwargs.pop(name, value))
             kwargs = chosen.forward_kwargs() | kwargs
+            if chosen.draw_plan:
+                rows = _batch_size(inputs, kwargs)
+                self._draw_plans([chosen] * rows, _seeds(None, rows), kwargs)
         for name in set(kwargs) & set(generation_config.to_dict()):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _draw_plans(self, modes: list[Mode], seeds: list[int], kwargs: dict) -> None:
+        """Give the rows whose mode draws a plan one of the bank, where the call gives none and there is a bank."""
+        drawing = [mode.draw_plan for mode in modes]
+        if kwargs.get("plan") is None and self.planner is not None and any(drawing):
+            plan = self.planner.draw(seeds)
+            kwargs["plan"] = torch.where(torch.tensor(drawing, device=plan.device)[:, None], plan, 0.0)
 
     def _voice_indices(self, voice: str | list[str | None] | torch.LongTensor, rows: int) -> torch.Tensor:
         if isinstance(voice, torch.Tensor):

@@ -20,6 +20,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .configuration_duet_moe import DuetMoeConfig
 from .generation_duet_moe import DuetMoeGenerationMixin
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
+from .plans import DuetMoePlanner
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
 from .voices import DuetMoeVoicesMixin, Voices
 
@@ -118,6 +119,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         self.model = DuetMoeModel(config)
         self.coherence_head = DuetMoeHead(config)
         self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
+        self.planner = DuetMoePlanner(config) if config.plan_bank_size else None
         self.voices = Voices()
         self.generation_config.do_sample = False  # said aloud, or `pipeline` samples in every mode
         self.generation_config._from_model_config = False  # or a saved one is loaded without its modes

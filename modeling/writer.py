@@ -108,8 +108,10 @@ class Writer:
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
             voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
-                the writer's own voice when not given. With a voice, rule R1 is off unless `plausible_min` is given.
-            generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`.
+                the writer's own voice when not given. With a voice, rule R1 is off unless
+                `plausible_min` is given, and no plan is drawn.
+            generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`;
+                `plan` may also be a text that sets the theme, and an empty text is no plan.
 
         Raises:
             ValueError: on an empty prompt, an unknown mode or a setting out of range.
@@ -192,9 +194,16 @@ class Writer:
         voice: str | Path | None = None,
         **generate_kwargs: Any,
     ) -> list[Text]:
-        """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`."""
+        """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`.
+
+        Where the mode draws plans, they are spread out instead of drawn one by one, so that the ideas lie apart.
+        """
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
+        seed = _drawn(seed)
+        draws = self._mode(mode).draw_plan and self.model.planner is not None and self._voice(voice) is None
+        if draws and "plan" not in generate_kwargs:
+            generate_kwargs["plan"] = self.model.planner.spread(n, seed)
         return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, voice, **generate_kwargs)
 
     def write_batch(
@@ -217,6 +226,18 @@ class Writer:
         modes = [self._mode(mode)] * len(prompts)
         *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, voice, generate_kwargs)
         return final
+
+    def plan(self, theme: str) -> torch.Tensor:
+        """Return the plan (1, plan_size) that a text's words make; zeros, which is no plan, of an empty text.
+
+        Raises:
+            ValueError: if the model has learnt no plans.
+        """
+        if self.model.planner is None:
+            raise ValueError(f"{self.name} has learnt no plans: leave out plan=, or train its diversity head on them.")
+        ids = self.tokenizer(self._without_special_tokens(theme), add_special_tokens=False, return_tensors="pt")
+        ids = ids["input_ids"][0].long().to(self.model.device)
+        return self.model.planner.of_tokens(ids, self.model.coherence_head.unembed.weight)[None]
 
     def route(self, prompt: str) -> None:
         """Say whether `prompt` asks for invention or for facts; a later version brings it.
@@ -261,8 +282,11 @@ class Writer:
             raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
         batch, notes = self._encode(prompts, max_new_tokens)
         voices = self._voices(voice, len(prompts))
-        # rule R1 asks the coherence head what is plausible, and that has never heard of the voice
-        modes = [replace(m, plausible_min=0.0) if named else m for m, named in zip(modes, voices, strict=True)]
+        if isinstance(generate_kwargs.get("plan"), str):
+            generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
+        # rule R1 asks the coherence head, which has never heard of the voice; and the voice has never heard of plans
+        plain = {"plausible_min": 0.0, "draw_plan": False}
+        modes = [replace(m, **plain) if named else m for m, named in zip(modes, voices, strict=True)]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named))
