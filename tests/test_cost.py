@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,3 +321,10 @@ def test_the_page_holds_what_the_program_prints(capsys: pytest.CaptureFixture) -
     assert savings_table(8192) in printed
     with pytest.raises(SystemExit, match="2"):
         main(["--context", "0"])
+
+
+def test_the_code_on_the_page_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cost.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["shape"] == shape_of(DuetMoeConfig())
