@@ -59,6 +59,10 @@ class EvaluatorSettings:
     heldout: float = 0.02
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; give 1 or more, or none and the minutes to train for.")
+
 
 def train_evaluator(
     data: Sequence[str | Path],
@@ -274,12 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--note", default="", help="text for the card: where the data is from, what it overlaps with")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    settings = EvaluatorSettings(steps=arguments.steps, seed=arguments.seed)
     try:
+        settings = EvaluatorSettings(steps=arguments.steps, seed=arguments.seed)
         out = train_evaluator(arguments.data, arguments.out, arguments.minutes, settings, arguments.note)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped; run the same command again to go on.", file=sys.stderr)
+        return 130
     heldout = json.loads((out / "evaluator.json").read_text())["heldout"]
     print(f"{out}: {heldout['bits_per_character']:.3f} bits per character on {heldout['texts']} held-out texts")
     return 0

@@ -129,6 +129,8 @@ def test_what_is_there_is_not_written_over(data: Path, tmp_path: Path) -> None:
         train_evaluator([data], tmp_path / "taken", settings=SETTINGS, show=False)
     with pytest.raises(ValueError, match="minutes is 0"):
         train_evaluator([data], tmp_path / "new", 0, settings=SETTINGS, show=False)
+    with pytest.raises(ValueError, match="steps is 0"):
+        replace(SETTINGS, steps=0)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
@@ -151,6 +153,11 @@ def test_the_command_trains_and_says_what_it_did(
 ) -> None:
     taken = []
     monkeypatch.setattr(module, "EvaluatorSettings", lambda **given: taken.append(given) or SETTINGS)
+    with monkeypatch.context() as patched:
+        stop_at(3, patched)
+        assert main(["--data", str(data), "--out", str(tmp_path / "out")]) == 130
+    assert "again to go on" in capsys.readouterr().err
+    taken.clear()
     assert main(["--data", str(data), "--out", str(tmp_path / "out"), "--steps", "30", "--seed", "3"]) == 0
     assert taken == [{"steps": 30, "seed": 3}]
     said = capsys.readouterr().out
