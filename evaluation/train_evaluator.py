@@ -99,18 +99,24 @@ def train_evaluator(
     rows, unseen = (pack(side, tokenizer, settings.window, settings.seed) for side in (train, heldout))
     steps = settings.steps or _fixed_steps(work, model, settings, minutes)
     figures = _fit(model, rows, Rows(unseen.ids[:EVALUATION_ROWS]), work, settings, steps, show)
+    built = work / "evaluator"
+    model.save_pretrained(built)
+    tokenizer.save_pretrained(built)
     card = {
         "created": date.today().isoformat(),
         "note": note,
         "data": [{"file": name, "sha256": digest} for name, digest in hashes.items()],
         "texts": {"train": len(train), "characters": sum(map(len, train)), "tokens": rows.ids.numel()},
-        "heldout": _heldout(model, tokenizer, heldout),
+        "heldout": _heldout(built, heldout),
         "settings": asdict(settings),
         "parameters": model.num_parameters(),
         **figures,
         "environment": environment(),
     }
-    return _publish(model, tokenizer, card, work, out)
+    _write(built / "evaluator.json", card)
+    os.replace(built, out)
+    shutil.rmtree(work)
+    return out
 
 
 def _begin(
@@ -242,28 +248,16 @@ def _shown(progress: Progress):  # type: ignore[no-untyped-def]
     return Shown()
 
 
-def _heldout(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, float]:
+def _heldout(folder: Path, texts: Sequence[str]) -> dict[str, float]:
+    # as saved: what `Trainer` has held computes in bf16 from then on
     chosen = [texts[int(i)] for i in np.unique(np.linspace(0, len(texts) - 1, JUDGED).astype(int))]
     sizes = np.array([len(text) for text in chosen])
-    bits = Evaluator(model, tokenizer).bits_per_character(chosen)
+    bits = Evaluator.load(str(folder)).bits_per_character(chosen)
     return {
         "texts": len(chosen),
         "characters": int(sizes.sum()),
         "bits_per_character": float((bits * sizes).sum() / sizes.sum()),
     }
-
-
-def _publish(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: dict[str, object], work: Path, out: Path
-) -> Path:
-    built = work / "evaluator"
-    shutil.rmtree(built, ignore_errors=True)
-    model.save_pretrained(built)
-    tokenizer.save_pretrained(built)
-    _write(built / "evaluator.json", card)
-    os.replace(built, out)
-    shutil.rmtree(work)
-    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,8 +34,7 @@ def unread_texts(runs: Sequence[str | Path], data: str | Path, cache: str | Path
 
     Raises:
         FileNotFoundError: if a folder is not that of a run.
-        ValueError: if data, recipe or tokenizer are not those of the run, or two runs have different text under one
-            name of a source.
+        ValueError: if data, recipe or tokenizer are not those of the run.
     """
     offered: dict[str, set[str]] = {}
     known: set[str] = set()
@@ -49,9 +48,9 @@ def unread_texts(runs: Sequence[str | Path], data: str | Path, cache: str | Path
             known.update(_texts(store, read[name], tokenizer))
             if store.source.kind == "text" and store.source.prompts is None:
                 offered.setdefault(name, set()).update(_texts(store, range(len(store)), tokenizer))
-    taken = [Document(None, text) for text in known]
-    fresh = {name: ([Document(None, text) for text in sorted(texts)], taken) for name, texts in offered.items()}
-    return {name: [document.response for document in train] for name, (train, _) in without_leaks(fresh).items()}
+    sides = {name: ([Document(None, text) for text in sorted(texts)], []) for name, texts in offered.items()}
+    fresh = without_leaks({**sides, "": ([], [Document(None, text) for text in known])})
+    return {name: [document.response for document in fresh[name][0]] for name in offered}
 
 
 def _documents_read(run: Path, train: Sequence[TokenStore]) -> dict[str, set[int]]:

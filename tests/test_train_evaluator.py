@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer
 
 from duet_moe.evaluation import train_evaluator as module
 from duet_moe.evaluation.evaluator import Evaluator
-from duet_moe.evaluation.evaluator_corpus import find_files, pack, read_texts
+from duet_moe.evaluation.evaluator_corpus import find_files, read_texts
 from duet_moe.evaluation.train_evaluator import EvaluatorSettings, main, train_evaluator
 from duet_moe.finetune.progress import Progress
 
@@ -96,17 +96,18 @@ def test_another_seed_gives_other_weights(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_evaluation_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = []
-    monkeypatch.setattr(Progress, "update", lambda self, step, row: losses.append(row.get("eval_loss", math.inf)))
-    wild = replace(SETTINGS, lr=2.0)
-    out = train_evaluator([data], tmp_path / "wild", settings=wild, show=False)
-    losses = [loss for loss in losses if loss < math.inf]
-    judge, heldout = Evaluator.load(str(out)), read_texts(find_files([data]), SETTINGS.heldout)[1]
-    ids = pack(heldout, judge.tokenizer, SETTINGS.window, SETTINGS.seed).ids
-    with torch.no_grad():
-        loss = judge.model(ids, labels=ids).loss.item()
-    assert len(losses) == 10 and losses[-1] > min(losses) + 0.2
-    assert loss == pytest.approx(min(losses), abs=0.05)
+    evaluated = []
+    evaluate = Trainer.evaluate
+
+    def grows_worse(self: Trainer, *given: object, **named: object) -> dict[str, float]:
+        evaluated.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return evaluate(self, *given, **named) | {"eval_loss": abs(len(evaluated) - 2.0)}
+
+    monkeypatch.setattr(Trainer, "evaluate", grows_worse)
+    out = train_evaluator([data], tmp_path / "out", settings=SETTINGS, show=False)
+    assert len(evaluated) == 10
+    assert all(torch.equal(value, evaluated[1][name]) for name, value in weights(out).items())
+    assert not torch.equal(evaluated[1]["model.norm.weight"], evaluated[-1]["model.norm.weight"])
 
 
 def test_an_unfinished_run_is_not_mixed_with_other_data_or_settings(

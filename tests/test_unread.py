@@ -122,7 +122,7 @@ def test_sources_of_chats_and_made_up_prompts_offer_nothing(data: Path, tmp_path
 def test_data_that_changed_since_is_refused(data: Path, tmp_path: Path) -> None:
     run, _ = train(tmp_path, "run", sources(), batches=1)
     with open(data / "stories.jsonl", "a") as file:
-        file.write('\n{"text": "One more."}')
+        file.writelines(f'\n{{"text": "One more, {number}."}}' for number in range(9))
     with pytest.raises(ValueError, match="same recipe, data"):
         offered(tmp_path, run)
 
