@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from duet_moe.finetune.corpus import SUFFIXES, Source, load_corpus, source_files
+from duet_moe.finetune.corpus import SUFFIXES, Document, Source, is_held_out, load_source, source_files
+from duet_moe.finetune.leaks import without_leaks
 
 BEGIN = "<|begin|>"  # begins every text, and pads
 
@@ -42,8 +43,12 @@ def read_texts(files: Mapping[str, Path], heldout_share: float) -> tuple[list[st
         ValueError: if one side is empty.
     """
     paths = [glob.escape(str(path)) for path in files.values()]
-    source = Source("evaluator", paths, 1.0, holdout=heldout_share)
-    train, heldout = ([d.response for d in side] for side in load_corpus([source], ".")["evaluator"])
+    documents, _ = load_source(Source("evaluator", paths, 1.0, holdout=0), ".")
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in documents:
+        # another hash than that of recipes, by which text that a recipe trains on is never held out
+        sides[is_held_out(f"evaluator {document.response}", heldout_share)].append(document)
+    train, heldout = ([d.response for d in side] for side in without_leaks({"": sides})[""])
     if not train or not heldout:
         raise ValueError(
             f"{len(train)} texts to train on and {len(heldout)} held out ({heldout_share:.0%}): give more texts."

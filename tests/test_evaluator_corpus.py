@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import SENTENCES
 
 from duet_moe.evaluation.evaluator_corpus import BEGIN, find_files, pack, read_texts, train_tokenizer
+from duet_moe.finetune.corpus import is_held_out
 
 TOKENIZER = train_tokenizer(SENTENCES * 5, vocab_size=300)
 
@@ -47,6 +48,20 @@ def test_no_text_of_one_side_repeats_one_of_the_other(tmp_path: Path) -> None:
     train, heldout = read_texts(files, 0.2)
     assert sorted(train + heldout) == sorted(texts)
     assert 20 < len(heldout) < 60
+
+
+def test_text_that_a_recipe_trains_on_is_parted_too(tmp_path: Path) -> None:
+    texts = [text for n in range(300) if not is_held_out(text := f"Number {n} is a story of its own.", 0.1)]
+    train, heldout = read_texts(find_files([write_jsonl(tmp_path / "a.jsonl", texts)]), 0.1)
+    assert len(heldout) > 10 and len(train) > 200
+
+
+def test_passages_of_one_text_are_not_parted(tmp_path: Path) -> None:
+    lines = [f"The {n}th of these lines is long enough to be told from the others by its words." for n in range(9)]
+    texts = ["\n".join(lines[start : start + 4]) for start in range(6)]
+    train, heldout = read_texts(find_files([write_jsonl(tmp_path / "a.jsonl", [*texts, *SENTENCES])]), 0.4)
+    shared = [len(set(a.split("\n")) & set(b.split("\n"))) for a in train for b in heldout]
+    assert heldout and train and max(shared) < 3
 
 
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
