@@ -82,7 +82,11 @@ def test_a_killed_run_goes_on_to_the_weights_of_a_whole_one(
         stop_at(15, patched)  # measured and saved at every third step, which it is about to do
         train_evaluator([data], tmp_path / "killed", settings=SETTINGS, show=False)
     assert not (tmp_path / "killed").exists()
-    killed = train_evaluator([data], tmp_path / "killed", settings=SETTINGS, show=False)
+    steps = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "update", lambda self, step, row: steps.append(step))
+        killed = train_evaluator([data], tmp_path / "killed", settings=SETTINGS, show=False)
+    assert min(steps) == 15
     assert json.loads((killed / "evaluator.json").read_text())["seconds_from_step"] == 12
     assert same(killed, whole)
 

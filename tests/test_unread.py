@@ -114,6 +114,18 @@ def test_texts_that_a_question_was_asked_about_are_left_out(data: Path, tmp_path
     assert unread_texts([run], data, tmp_path / "tokens")["more"] == []
 
 
+def test_texts_that_repeat_what_a_run_held_out_are_left_out(data: Path, tmp_path: Path) -> None:
+    # each run's own hold-out: what the second keeps for its measurements, the first has neither read nor kept
+    rows = [{"name": "more", "path": "more.jsonl", "weight": 1e-6, "head": "coherence", "holdout": 0}]
+    (data / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in LONG))
+    first, _ = train(tmp_path, "first", [*sources(), *rows], batches=2)
+    (left,) = unread_texts([first], data, tmp_path / "tokens")["more"]
+    (data / "kept.jsonl").write_text(json.dumps({"text": f"{left}\nThe end."}))
+    kept = {"name": "kept", "path": "kept.jsonl", "weight": 1, "holdout": 1 - 1e-9}
+    second, _ = train(tmp_path, "second", [*sources(), kept], batches=2, seed=6)
+    assert unread_texts([first, second], data, tmp_path / "tokens")["more"] == []
+
+
 def test_sources_of_chats_and_made_up_prompts_offer_nothing(data: Path, tmp_path: Path) -> None:
     run, _ = train(tmp_path, "run", sources(), batches=1)
     assert unread_texts([run], data, tmp_path / "tokens").keys() == {"stories"}
