@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from duet_moe.finetune.corpus import Document, read_sources
-from duet_moe.finetune.leaks import without_leaks
+from duet_moe.finetune.leaks import Split, without_leaks
 from duet_moe.finetune.packing import Packer, TokenStore, encode_corpus
 from duet_moe.finetune.settings import TrainingSettings, read_recipe
 from duet_moe.finetune.tokenizer import load_tokenizer
@@ -48,8 +48,10 @@ def unread_texts(runs: Sequence[str | Path], data: str | Path, cache: str | Path
             known.update(_texts(store, read[name], tokenizer))
             if store.source.kind == "text" and store.source.prompts is None:
                 offered.setdefault(name, set()).update(_texts(store, range(len(store)), tokenizer))
-    sides = {name: ([Document(None, text) for text in sorted(texts)], []) for name, texts in offered.items()}
-    fresh = without_leaks({**sides, "": ([], [Document(None, text) for text in known])})
+    splits: dict[str, Split] = {"": ([], [Document(None, text) for text in known])}
+    for name, texts in offered.items():
+        splits[name] = ([Document(None, text) for text in sorted(texts)], [])
+    fresh = without_leaks(splits)
     return {name: [document.response for document in fresh[name][0]] for name in offered}
 
 
