@@ -63,13 +63,16 @@ class _Lane:
     def order(self, index: int) -> np.ndarray:
         """Documents of a store that this lane reads in its current epoch."""
         if index not in self.orders:
-            both = self.stores[index].source.head == "both"
-            lanes = self.packer.world * (2 if both else 1)
-            lane = self.packer.rank * 2 + self.head if both else self.packer.rank
-            seed = [self.packer.seed, index, self.epochs[index]]
-            shuffled = np.random.default_rng(seed).permutation(len(self.stores[index]))
-            self.orders[index] = shuffled[lane::lanes] if len(shuffled) >= lanes else shuffled
+            self.orders[index] = self.epoch_order(index, self.epochs[index])
         return self.orders[index]
+
+    def epoch_order(self, index: int, epoch: int) -> np.ndarray:
+        """Documents of a store that this lane reads in `epoch`."""
+        both = self.stores[index].source.head == "both"
+        lanes = self.packer.world * (2 if both else 1)
+        lane = self.packer.rank * 2 + self.head if both else self.packer.rank
+        shuffled = np.random.default_rng([self.packer.seed, index, epoch]).permutation(len(self.stores[index]))
+        return shuffled[lane::lanes] if len(shuffled) >= lanes else shuffled
 
     def refill(self) -> None:
         while len(self.buffer) < _BUFFER:
@@ -182,6 +185,16 @@ class Packer(Iterator[dict[str, torch.Tensor]]):
             done = [lane.epochs[index] + lane.cursors[index] / len(lane.order(index)) for lane in lanes]
             passes[store.source.name] = sum(done) / max(len(done), 1)
         return passes
+
+    def documents_read(self) -> dict[str, set[int]]:
+        """Return, by source, the documents that this rank has drawn from its store, those in waiting included."""
+        read: dict[str, set[int]] = {store.source.name: set() for store in self.stores}
+        for lane in self._lanes:
+            for index in lane.members:
+                drawn = [lane.epoch_order(index, epoch) for epoch in range(lane.epochs[index])]
+                drawn.append(lane.order(index)[: lane.cursors[index]])
+                read[self.stores[index].source.name].update(np.concatenate(drawn).tolist())
+        return read
 
     def state_dict(self) -> dict[str, object]:
         """Return the position of every source and the pieces in waiting, as plain numbers (JSON-able)."""
