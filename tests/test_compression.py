@@ -10,8 +10,9 @@ from duet_moe.evaluation.compression import compression_ratio
 
 
 def test_it_is_the_bytes_before_over_the_bytes_after() -> None:
-    texts = ["The fox ran over the hill.", "The fox ran över the road."]
-    content = "The fox ran over the hill. The fox ran över the road.".encode()
+    draw = random.Random(0)
+    texts = [f"The fox r\u00e4n {draw.randrange(99)} times over the hill {draw.randrange(99)}." for _ in range(200)]
+    content = " ".join(texts).encode()
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     compressed = len(deflate.compress(content) + deflate.flush()) + 18  # gzip's header of 10 bytes, and 8 at the end
     assert compression_ratio(texts) == len(content) / compressed

@@ -32,8 +32,16 @@ def test_one_of_four_that_differs() -> None:
     assert dispersion(rows) == pytest.approx(0.5)
 
 
-def test_opposite_samples_are_two_apart() -> None:
-    assert dispersion(np.array([[2.0, 0], [-3, 0]])) == pytest.approx(2.0)
+def test_opposite_samples_are_two_apart_and_count_once() -> None:
+    rows = np.array([[2.0, 0], [-3, 0]])
+    assert dispersion(rows) == pytest.approx(2.0)
+    assert vendi(rows) == pytest.approx(1.0)  # K has an eigenvalue of exactly 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_numbers_whose_squares_are_out_of_range_have_a_direction(scale: float) -> None:
+    assert vendi(np.eye(2) * scale) == pytest.approx(2.0)
+    assert dispersion(np.eye(2) * scale) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
