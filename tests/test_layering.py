@@ -21,6 +21,7 @@ HEAVY_HOMES = {
     "bitsandbytes": "finetune",
     "datasets": "finetune",
     "peft": "finetune",
+    "sentence_transformers": "evaluation",
     "trl": "finetune",
 }
 
