@@ -112,7 +112,7 @@ class DuetMoeGenerationMixin(GenerationMixin):
             rows = _batch_size(inputs, kwargs)
             own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
             modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
-            self._sample_by_row(modes, _seeds(seed, rows), generation_config, kwargs)
+            self._sample_by_row(modes, row_seeds(seed, rows), generation_config, kwargs)
             if mode is not None:
                 kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
         else:
@@ -206,7 +206,8 @@ def _per_row(value: object, rows: int, name: str, generation_config: GenerationC
     return value
 
 
-def _seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    """Return one seed per row: those given, or counting up from the one given or drawn."""
     if seed is None:
         return torch.randint(2**31, (rows,)).tolist()
     if isinstance(seed, int):
