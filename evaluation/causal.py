@@ -57,7 +57,8 @@ class Causal:
 
     def log_likelihood(self, prompt: str, answer: str) -> float:
         """Score `answer` at temperature 1."""
-        return log_likelihood(*load_one(_causal, self.source), prompt, answer)
+        model, tokenizer = load_one(_causal, self.source)
+        return log_likelihood(model, tokenizer, prompt, answer)
 
     def fingerprint(self) -> str:
         """Return a digest of the model's files."""

@@ -68,12 +68,13 @@ def _figure(entry: dict, base: dict | None) -> Figure:
     values = [value for value in entry["values"] if value is not None]
     mean, low, high = interval(values) if len(values) > 1 else (values[0], None, None)
     names = (entry["task"], entry["contestant"], entry["metric"], entry["direction"])
-    return Figure(*names, mean, low, high, len(values), base and _difference(entry["values"], base["values"]))
+    difference = None if base is None else _difference(entry["values"], base["values"])
+    return Figure(*names, mean, low, high, len(values), difference)
 
 
 def _difference(values: Sequence[float | None], base: Sequence[float | None]) -> tuple[float, float, float] | None:
     pairs = [(a, b) for a, b in zip(values, base, strict=True) if a is not None and b is not None]
-    return tuple(paired_interval(*zip(*pairs, strict=True))) if len(pairs) > 1 else None
+    return paired_interval([a for a, _ in pairs], [b for _, b in pairs]) if len(pairs) > 1 else None
 
 
 def report(results: str | Path, out: str | Path | None = None) -> Path:
@@ -133,7 +134,7 @@ def _tables(own: Sequence[Figure]) -> Iterator[str]:
     rows = [[_cell(name), *(_value(cells.get((name, metric))) for metric in metrics)] for name in names]
     yield _table(["contestant", *heads], rows)
     if len(names) > 1:
-        yield f"Difference from {names[0]}, prompt by prompt; **bold** where the interval is without 0:"
+        yield f"Difference from {_cell(names[0])}, prompt by prompt; **bold** where the interval is without 0:"
         rows = [[_cell(name), *(_change(cells.get((name, metric))) for metric in metrics)] for name in names[1:]]
         yield _table(["contestant", *heads], rows)
 
@@ -151,9 +152,11 @@ def _cell(text: str) -> str:
 def _value(figure: Figure | None) -> str:
     if figure is None:
         return "\u2013"
-    if figure.low is None or figure.high is None or figure.low == figure.high:
-        return _number(figure.mean)
-    return f"{_number(figure.mean)} [{_number(figure.low)}, {_number(figure.high)}]"
+    mean = _number(figure.mean)
+    if figure.low is None or figure.high is None:
+        return mean
+    low, high = _number(figure.low), _number(figure.high)
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def _change(figure: Figure | None) -> str:
@@ -165,6 +168,8 @@ def _change(figure: Figure | None) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) < 1e-12:  # what rounding leaves of 0
+        return "0"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

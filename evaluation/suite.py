@@ -65,7 +65,7 @@ def run(
     names = [contestant.name for contestant in contestants]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"The contestants are {names}: name at least one, and none twice.")
-    judges = Judges(encoder, evaluator, training, _voices(contestants), dollars_per_hour)
+    judges = Judges(encoder, evaluator, training, voice_scorers(contestants), dollars_per_hour)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / RESULTS
@@ -209,7 +209,7 @@ def _groups(task: Task, name: str, done: Mapping[Key, dict], judges: Judges) -> 
     return groups
 
 
-def _voices(contestants: Sequence[Contestant]) -> dict[str, StyleScorer]:
+def voice_scorers(contestants: Sequence[Contestant]) -> dict[str, StyleScorer]:
     """Return the style scorers of the voices that take part and have one."""
     folders = {c.voice: voice_folder(c.voice, c.store) for c in contestants if isinstance(c, Duet) and c.voice}
     return {name: StyleScorer.load(folder) for name, folder in folders.items() if (folder / "style.json").is_file()}

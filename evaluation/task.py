@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -112,7 +113,7 @@ def read_task(path: str | Path) -> Task:
         raise ValueError(f"{str(path)!r} is not a task: there is no {error}") from error
 
 
-def _asked(entry: dict, folder: Path) -> dict[str, tuple]:
+def _asked(entry: dict, folder: Path) -> dict[str, Any]:
     if "facts" in entry:
         wordings = yaml.safe_load((folder / entry["wordings"]).read_text(encoding="utf-8"))["wordings"]
         asked = [

@@ -21,7 +21,12 @@ def made(folder: Path, scores: list[dict], text: str = "Some answer.") -> Path:
     ]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scores.json").write_text(json.dumps(scores))
-    settings = {"date": "2026-01-31", "seed": 0, "judges": {"evaluator": "judge"}, "environment": {"torch": "2.13"}}
+    settings = {
+        "date": "2026-01-31",
+        "seed": 0,
+        "judges": {"evaluator": "judge <b>1</b>"},
+        "environment": {"torch": "2.13"},
+    }
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder / "results.jsonl"
 
@@ -69,6 +74,12 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert any(line.startswith("| `base` | 0.15 [") and line.endswith("| \u2013 |") for line in lines)
 
 
+def test_rounding_is_not_shown(tmp_path: Path) -> None:
+    scores = [entry("base", "dispersion", [0.0, 1e-16]), entry("base", "words", [2.0, 2.0], "none")]
+    lines = report(made(tmp_path, scores)).read_text(encoding="utf-8").splitlines()
+    assert "| `base` | 0 | 2 |" in lines
+
+
 def test_the_report_says_what_was_run_and_shows_answers(tmp_path: Path) -> None:
     text = report(made(tmp_path, [entry("base", "distinct_2", [0.1, 0.2])])).read_text(encoding="utf-8")
     for part in ("- seed: 0", "- evaluator: judge", "- torch: 2.13", "(mine.svg)", "Say  this ", "    Some answer."):
@@ -79,7 +90,7 @@ def test_no_name_and_no_answer_breaks_the_page(tmp_path: Path) -> None:
     scores = [entry(name, "distinct_2", [0.1, 0.2, 0.4]) for name in NAMES]
     path = report(made(tmp_path, scores, HOSTILE))
     page = path.with_suffix(".html").read_text(encoding="utf-8")
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page
     assert "Not a heading</h1>" not in page and page.count("<table>") == 2
     tables = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     assert {line.count("|") for line in tables} == {3}

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from contestant_script import Measured, Scripted
 
+from duet_moe.evaluation.contestants import Duet
 from duet_moe.evaluation.cost import price_per_million
 from duet_moe.evaluation.scores import METRICS, Answers, Judges, score
-from duet_moe.evaluation.suite import read_results, run
+from duet_moe.evaluation.suite import read_results, run, voice_scorers
 from duet_moe.evaluation.task import Task
+from duet_moe.finetune.style_score import StyleScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 LEXICAL = {"distinct_2": "higher", "repetition": "lower", "words": "none", "empty": "lower"}
@@ -122,6 +124,19 @@ def test_style_consistency_leaves_out_texts_too_short_to_vary() -> None:
     mixed = measured([sentence * 5 + "WOW!!! Buy now!!! You rock!!! Go go go!!! " * 6], "style_consistency")
     assert 1.0 >= same > mixed["style_consistency"]
     assert measured(["Too short to tell."], "style_consistency") == {}
+
+
+def test_answers_are_judged_by_the_scorer_of_every_voice_that_takes_part(tmp_path: Path) -> None:
+    loud = [f"WOW! Number {i} is great! Buy {i} now! You will love it!" for i in range(12)]
+    calm = [f"The {i} houses stand by the river, and nobody has painted them for years." for i in range(12)]
+    for name in ("loud", "plain"):
+        (tmp_path / name).mkdir()
+    StyleScorer.fit(loud, calm).save(tmp_path / "loud")
+    contestants = [Duet(name, "duet-mini", "creative", name, tmp_path) for name in ("loud", "plain")]
+    scorers = voice_scorers([*contestants, Duet("base", "duet-mini"), Scripted()])
+    assert scorers.keys() == {"loud"}
+    found = measured([loud[0], calm[0], loud[1], ""], "taken_for", voices=scorers)
+    assert found == {"taken_for_loud": pytest.approx(2 / 3)}
 
 
 def test_every_sample_is_a_line_and_every_prompt_a_number(tmp_path: Path) -> None:
