@@ -114,7 +114,7 @@ class DuetMoeGenerationMixin(GenerationMixin):
             rows = _batch_size(inputs, kwargs)
             own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
             modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
-            seeds = _seeds(seed, rows)
+            seeds = row_seeds(seed, rows)
             self._sample_by_row(modes, seeds, generation_config, kwargs)
             if mode is not None:
                 kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
@@ -126,7 +126,7 @@ class DuetMoeGenerationMixin(GenerationMixin):
             kwargs = chosen.forward_kwargs() | kwargs
             if chosen.draw_plan:
                 rows = _batch_size(inputs, kwargs)
-                self._draw_plans([chosen] * rows, _seeds(None, rows), kwargs)
+                self._draw_plans([chosen] * rows, row_seeds(None, rows), kwargs)
         for name in set(kwargs) & set(generation_config.to_dict()):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -220,7 +220,8 @@ def _per_row(value: object, rows: int, name: str, generation_config: GenerationC
     return value
 
 
-def _seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    """Return one seed per row: those given, or counting up from the one given or drawn."""
     if seed is None:
         return torch.randint(2**31, (rows,)).tolist()
     if isinstance(seed, int):

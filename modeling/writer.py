@@ -14,6 +14,7 @@ from duet_moe.configuration.modes import Mode, NotInThisVersionError, read_modes
 from duet_moe.modeling.answer import Answer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
+from duet_moe.modeling.generation_duet_moe import row_seeds
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 from duet_moe.modeling.stepping import decoding_steps
 from duet_moe.modeling.voice_files import voice_folder
@@ -211,7 +212,7 @@ class Writer:
         prompts: Sequence[str],
         mode: str | Mode | None = None,
         max_new_tokens: int = 160,
-        seed: int | None = None,
+        seed: int | list[int] | None = None,
         evidence: bool = False,
         voice: str | Path | Sequence[str | Path | None] | None = None,
         **generate_kwargs: Any,
@@ -219,10 +220,9 @@ class Writer:
         """Answer several prompts as one batch, with seeds that count up; arguments and errors as in `write`.
 
         Args:
-            voice: also a list with one for each prompt.
+            seed, voice: also a list with one for each prompt.
         """
-        first = _drawn(seed)
-        seeds: list[int | None] = [first + i for i in range(len(prompts))]
+        seeds = row_seeds(_drawn(seed) if seed is None else seed, len(prompts))
         modes = [self._mode(mode)] * len(prompts)
         *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, voice, generate_kwargs)
         return final
@@ -271,7 +271,7 @@ class Writer:
         self,
         prompts: list[str],
         modes: list[Mode],
-        seeds: list[int | None],
+        seeds: Sequence[int | None],
         max_new_tokens: int,
         evidence: bool,
         voice: str | Path | Sequence[str | Path | None] | None,

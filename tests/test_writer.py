@@ -127,6 +127,15 @@ def test_several_prompts_in_one_batch_are_answered_as_alone(tiny_writer: Writer)
         assert together[number].tokens == tiny_writer.write(prompt, seed=2 + number, max_new_tokens=12).tokens
 
 
+def test_a_batch_takes_a_seed_for_each_prompt(tiny_writer: Writer) -> None:
+    together = tiny_writer.write_batch([PROMPT] * 3, mode="creative", seed=[9, 2, 9], max_new_tokens=12)
+    alone = tiny_writer.write(PROMPT, mode="creative", seed=9, max_new_tokens=12)
+    assert [text.seed for text in together] == [9, 2, 9]
+    assert together[0].tokens == together[2].tokens == alone.tokens != together[1].tokens
+    with pytest.raises(ValueError, match="seed has 2 entries for 3"):
+        tiny_writer.write_batch([PROMPT] * 3, seed=[1, 2])
+
+
 def test_evidence_is_what_both_heads_think_of_every_token(tiny_writer: Writer) -> None:
     prompt = prompts_that_reach_the_model(tiny_writer, PROMPT)
     written = tiny_writer.write(PROMPT, seed=2, max_new_tokens=24)
