@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from duet_moe.evaluation.bootstrap import Interval
+
 GRID = 64  # diversities at which two frontiers are compared
 
 
@@ -37,27 +39,18 @@ class Points:
                 raise ValueError(f"{name} has shape {values.shape}; give finite numbers of shape {shape}.")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Quality above the baseline's frontier at equal diversity, and its interval; all None where they never meet."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-
-
 def difference(
     ours: Points, baseline: Points, axis: str, seed: int = 0, draws: int = 2000, level: float = 0.95
-) -> Difference:
+) -> Interval | None:
     """Compare two families on one axis of diversity.
 
     Args:
         draws: how often the prompts are drawn again (percentile bootstrap, paired: both families see the same draw).
 
     Returns:
-        The difference, in units of quality. A draw in which the two families reach no common diversity says nothing
-        and is left out; if that is the case of all prompts together, or of more than a tenth of the draws, there is no
-        difference to tell.
+        How far ours lies above the baseline, in units of quality. A draw in which the two reach no common diversity
+        says nothing and is left out; if that is the case of all prompts together, or of more than a tenth of the
+        draws, there is nothing to tell and the answer is None.
 
     Raises:
         ValueError: if the two were not asked the same number of prompts, or fewer than two.
@@ -70,25 +63,19 @@ def difference(
     drawn = [_above(ours, baseline, axis, generator.integers(prompts, size=prompts)) for _ in range(draws)]
     told = [value for value in drawn if value is not None]
     if whole is None or len(told) < 0.9 * draws:
-        return Difference(None, None, None)
+        return None
     low, high = np.quantile(told, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(whole, float(low), float(high))
+    return Interval(whole, float(low), float(high))
 
 
-def may_claim_better(differences: Mapping[str, Difference]) -> bool:
+def may_claim_better(differences: Mapping[str, Interval | None]) -> bool:
     """Say whether "better" may be claimed: an interval above zero on one axis, and none below zero on the others.
 
-    An axis on which the two families never meet is no reason for a claim, and bars it: nothing is known there.
+    An axis on which the two families never meet (None) bars the claim: nothing is known there.
     """
-    known = all(each.low is not None for each in differences.values())
-    return (
-        known
-        and any(each.low > 0 for each in differences.values())
-        and all(  # type: ignore[operator]
-            each.high >= 0
-            for each in differences.values()  # type: ignore[operator]
-        )
-    )
+    known = [each for each in differences.values() if each is not None]
+    none_worse = len(known) == len(differences) and all(each.high >= 0 for each in known)
+    return none_worse and any(each.low > 0 for each in known)
 
 
 def frontier(diversity: Sequence[float] | np.ndarray, quality: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -97,9 +84,9 @@ def frontier(diversity: Sequence[float] | np.ndarray, quality: Sequence[float] |
     A setting that is both less diverse and worse than a mixture of two others has no place on it: requests may be
     answered by either.
     """
-    order = np.lexsort((quality, diversity))
+    points = np.stack([np.asarray(diversity, float), np.asarray(quality, float)], axis=1)
     hull: list[np.ndarray] = []
-    for point in np.stack([np.asarray(diversity, float), np.asarray(quality, float)], axis=1)[order]:
+    for point in points[np.lexsort((points[:, 1], points[:, 0]))]:
         while hull and hull[-1][1] <= point[1]:
             hull.pop()
         while len(hull) > 1 and _turn(hull[-2], hull[-1], point) >= 0:

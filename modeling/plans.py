@@ -20,6 +20,11 @@ class DuetMoePlanner(nn.Module):
     plan_size), plans to draw from.
     """
 
+    token_weights: torch.Tensor
+    projection: torch.Tensor
+    offset: torch.Tensor
+    bank: torch.Tensor
+
     def __init__(self, config: DuetMoeConfig):
         super().__init__()
         self.register_buffer("token_weights", torch.zeros(config.vocab_size))

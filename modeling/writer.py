@@ -285,8 +285,10 @@ class Writer:
         if isinstance(generate_kwargs.get("plan"), str):
             generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
         # rule R1 asks the coherence head, which has never heard of the voice; and the voice has never heard of plans
-        plain = {"plausible_min": 0.0, "draw_plan": False}
-        modes = [replace(m, **plain) if named else m for m, named in zip(modes, voices, strict=True)]
+        modes = [
+            replace(mode, plausible_min=0.0, draw_plan=False) if named else mode
+            for mode, named in zip(modes, voices, strict=True)
+        ]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named))
