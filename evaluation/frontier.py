@@ -60,7 +60,8 @@ def difference(
         raise ValueError(f"{prompts} and {baseline.quality.shape[1]} prompts: give two or more, the same to both.")
     whole = _above(ours, baseline, axis, np.arange(prompts))
     generator = np.random.default_rng(seed)
-    drawn = [_above(ours, baseline, axis, generator.integers(prompts, size=prompts)) for _ in range(draws)]
+    resamples = generator.integers(prompts, size=(draws, prompts))
+    drawn = [_above(ours, baseline, axis, resample) for resample in resamples]
     told = [value for value in drawn if value is not None]
     if whole is None or len(told) < 0.9 * draws:
         return None
