@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from duet_moe.eval_cli import add_eval_command
+from duet_moe.eval_cli import add_eval_command, add_frontier_command
 from duet_moe.voice_cli import add_voice_commands
 
 LATER = {
     "guard": "check and index texts for guardrails",
-    "frontier": "compare quality and diversity of decoding settings",
     "bench": "measure speed against peers",
     "serve": "serve an OpenAI-compatible API",
     "plan": "estimate cost of a shape on a cluster",
@@ -81,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_voice_commands(commands)
     add_eval_command(commands)
+    add_frontier_command(commands)
 
     space = _command(commands, "space", "serve the web demo (further arguments: duet space --help)", _space)
     space.set_defaults(passes_on=True)

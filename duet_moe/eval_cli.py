@@ -1,4 +1,4 @@
-"""`duet eval`: a suite of tasks for any number of contestants, over `duet_moe.evaluation.suite` and `report`."""
+"""`duet eval` and `duet frontier`, over `duet_moe.evaluation.suite`, `report` and `sweep`."""
 
 import argparse
 import json
@@ -36,6 +36,30 @@ def add_eval_command(commands) -> None:  # type: ignore[no-untyped-def]
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
+def add_frontier_command(commands) -> None:  # type: ignore[no-untyped-def]
+    """Add `frontier` to the subparsers of the program."""
+    purpose = "say whether a model's modes reach more quality at equal diversity than one head, however it is sampled"
+    parser = commands.add_parser("frontier", help=purpose, description=purpose.capitalize() + ".")
+    parser.set_defaults(run=_frontier, passes_on=False)
+    parser.add_argument("model", nargs="?", default="duet-mini", help="a Duet-MoE model (duet-mini)")
+    parser.add_argument(
+        "--evaluator", required=True, metavar="MODEL", help="folder or Hub id of the independent judge"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the run; the same command goes on in it"
+    )
+    parser.add_argument(
+        "--prompts", choices=["exploratory", "confirmatory"], default="exploratory",
+        help="choose settings on the first set, and judge once on the second (exploratory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", metavar="FILE", help="YAML of other settings than evaluation/tasks/frontier.yaml"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs with seeds of their own (3)")
+    parser.add_argument("--samples", type=int, metavar="N", help="answers to each prompt and seed (as the task says)")
+    parser.add_argument("--json", action="store_true", help="print the differences as JSON")
+
+
 def _suite(text: str) -> str:
     if text not in SUITES and Path(text).suffix not in (".yaml", ".yml"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SUITES)}, and no YAML file")
@@ -71,6 +95,41 @@ def _eval(arguments: argparse.Namespace) -> None:
         return
     _print_figures(figures(results))
     print(f"The report is {path}")
+
+
+def _frontier(arguments: argparse.Namespace) -> None:
+    from duet_moe.cli import needs_extra
+
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds {arguments.seeds}: ask for one or more.")
+    with needs_extra("eval"):
+        from duet_moe.evaluation.contestants import Duet
+        from duet_moe.evaluation.encoder import Encoder
+        from duet_moe.evaluation.evaluator import Evaluator
+        from duet_moe.evaluation.frontier import may_claim_better
+        from duet_moe.evaluation.sweep import PLAN, read_plan, sweep, write_outcome
+
+        evaluator, encoder = Evaluator.load(arguments.evaluator), Encoder()
+        plan = read_plan(Duet("model", arguments.model).writer.modes, arguments.settings or PLAN)
+        told = {"evaluator": arguments.evaluator, "encoder": encoder.name}
+        with redirect_stdout(sys.stderr):  # progress is no part of the answer
+            outcome = sweep(
+                arguments.model, plan, arguments.out, evaluator, encoder, arguments.prompts,
+                range(arguments.seeds), arguments.samples, told,
+            )  # fmt: skip
+        page = write_outcome(outcome, plan, arguments.out, arguments.prompts)
+    verdicts = {arm: may_claim_better(found) for arm, found in outcome.differences.items()}
+    if arguments.json:
+        differences = {
+            arm: {axis: each and each._asdict() for axis, each in found.items()}
+            for arm, found in outcome.differences.items()
+        }
+        print(json.dumps({"page": str(page), "differences": differences, "may_claim_better": verdicts}))
+        return
+    print(page.read_text(encoding="utf-8"))
+    for arm, better in verdicts.items():
+        print(f'"Better" {"may" if better else "may not"} be claimed of {arm}.')
+    print(f"The page is {page}")
 
 
 def _judges(arguments: argparse.Namespace) -> tuple[dict, dict[str, str]]:

@@ -90,7 +90,7 @@ def test_later_commands_say_so(name: str, capsys: pytest.CaptureFixture) -> None
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture) -> None:
-    for name in ("write", "compare", "info", "pretrain", "convert", "export", "voice", "eval", *LATER):
+    for name in ("write", "compare", "info", "pretrain", "convert", "export", "voice", "eval", "frontier", *LATER):
         with pytest.raises(SystemExit) as stop:
             make_parser().parse_args([name, "--help"])
         assert stop.value.code == 0
