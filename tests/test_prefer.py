@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer, tokens
 from tiny_voice import recorded_starts
@@ -21,6 +22,7 @@ from duet_moe.finetune.voices import VoiceStore
 from duet_moe.modeling.voice_files import WrongBaseError
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'duet-moe[finetune]'")
+from duet_moe.finetune import prefer as prefer_module  # noqa: E402
 from duet_moe.finetune.prefer import _messages, prefer_voice, preferred_share  # noqa: E402
 
 WORDS = "red big old new wet dry hot shy sly coy raw fat fit mad sad odd wry tan low icy".split() * 2
@@ -74,7 +76,17 @@ def test_chosen_answers_become_likelier_and_factual_mode_stays_bit_identical(tau
     assert {file.name for file in taught.iterdir()} >= {"adapter_model.safetensors", "recipe.yaml", "voice.json"}
 
 
-def test_a_voice_goes_on_from_itself_and_stays_as_it_was(taught: Path, base: Path, tmp_path: Path) -> None:
+def test_a_voice_goes_on_from_itself_and_stays_as_it_was(
+    taught: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, torch.Tensor] = {}
+    fit = prefer_module._fit
+
+    def seen(job, tuned, *arguments):  # type: ignore[no-untyped-def]
+        begun.update({name: weight.clone() for name, weight in get_peft_model_state_dict(tuned).items()})
+        return fit(job, tuned, *arguments)
+
+    monkeypatch.setattr(prefer_module, "_fit", seen)
     store = VoiceStore(tmp_path)
     store.publish("taste", taught)
     old = (tmp_path / "taste" / "adapter_model.safetensors").read_bytes()
@@ -85,8 +97,8 @@ def test_a_voice_goes_on_from_itself_and_stays_as_it_was(taught: Path, base: Pat
     assert figures["preference_loss_before"] == pytest.approx(0.6931, abs=1e-3)  # its reference is the voice
     taste, after = (load_file(folder / "adapter_model.safetensors") for folder in (taught, further))
     assert taste.keys() == after.keys() and all("ref" not in key for key in after)
+    assert all(torch.equal(taste[key], begun[key]) for key in taste)
     assert any(not torch.equal(taste[key], after[key]) for key in taste)
-    assert figures["preferred_before"] < 1.0  # turned round, the pairs are the other way
     # without --base the card's own name is taken, which a folder's is not enough to find
     with pytest.raises(FileNotFoundError, match="tiny"):
         prefer_voice(ROWS, "third", store=tmp_path, voice="taste", recipe=RECIPE, show=False)
@@ -114,12 +126,13 @@ def test_a_killed_training_goes_on_to_the_same_voice(
 
 
 def test_a_voice_of_another_base_and_an_adapter_on_the_output_matrix_are_refused(
-    taught: Path, base: Path, tmp_path: Path
+    taught: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, other = tiny_tokenizer(), tmp_path / "other"
     tiny_model(seed=1, vocab_size=len(tokenizer)).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    with pytest.raises(WrongBaseError, match="was trained for 'tiny'"):
+    with monkeypatch.context() as patch, pytest.raises(WrongBaseError, match="was trained for 'tiny'"):
+        patch.setattr(prefer_module, "_fit", lambda *_: pytest.fail("it was trained"))
         prefer(other, taught.parent, "new", voice="taste")
     with pytest.raises(ValueError, match="without `unembed` among its layers"):
         prefer(base, tmp_path, recipe=VoiceRecipe(rank=4, layers=("down_proj", "unembed")))

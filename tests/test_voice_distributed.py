@@ -40,7 +40,7 @@ def test_two_processes_make_the_voice_that_one_makes(stores: dict[int, Path], na
     figures = {world: VoiceStore(store).card(name).figures for world, store in stores.items()}
     for figure in (f"{loss}_before", f"{loss}_after", "steps", "epochs"):
         assert figures[2][figure] == pytest.approx(figures[1][figure], abs=CLOSE), figure
-    assert figures[2][f"{loss}_after"] < 0.95 * figures[2][f"{loss}_before"]
+    assert figures[2][f"{loss}_after"] < 0.97 * figures[2][f"{loss}_before"]
     one, two = (load_file(stores[world] / name / "adapter_model.safetensors") for world in (1, 2))
     assert one.keys() == two.keys()
     for key in one:

@@ -17,6 +17,8 @@ from duet_moe.finetune.corpus import Document
 from duet_moe.finetune.features import collate, trunk_states
 from duet_moe.finetune.prefer import prefer_voice
 from duet_moe.finetune.style import adapted, train_voice
+from duet_moe.finetune.voice_corpus import read_voice_corpus
+from duet_moe.finetune.voice_pairs import read_voice_pairs
 from duet_moe.finetune.voice_recipe import VoiceRecipe
 
 torch.set_num_threads(1)
@@ -55,8 +57,10 @@ def sharded(store: Path) -> list[float]:
 
 if __name__ == "__main__":
     base, store = sys.argv[1], Path(sys.argv[2])
-    train_voice(ROWS, "fox", base, RECIPE, store, show=False)
-    prefer_voice(PAIRS, "taste", base, RECIPE, store, show=False)
+    texts, pairs = read_voice_corpus(ROWS[:-2]).train, read_voice_pairs(PAIRS[:-2]).train
+    assert len(texts) % RECIPE.batch_size and len(pairs) % RECIPE.batch_size, "an epoch has to have some left over"
+    train_voice(ROWS[:-2], "fox", base, RECIPE, store, show=False)
+    prefer_voice(PAIRS[:-2], "taste", base, RECIPE, store, show=False)
     losses = sharded(store)
     if int(os.environ.get("RANK", "0")) == 0:
         (store / "sharded.json").write_text(json.dumps(losses))
