@@ -54,6 +54,14 @@ def test_a_family_that_never_meets_the_baseline_says_nothing() -> None:
     assert not may_claim_better({"d": nothing})
 
 
+def test_families_that_meet_by_luck_of_the_prompts_say_nothing() -> None:
+    baseline = Points(("a", "b"), np.array([[2.0, 2.0], [0.0, 0.0]]), {"d": np.array([[0.0, 0.0], [5.0, 5.0]])})
+    ours = Points(("c",), np.array([[1.0, 1.0]]), {"d": np.array([[0.0, 10.0]])})
+    assert (
+        difference(ours, baseline, "d") is None
+    )  # a quarter of the draws has the second prompt twice: 10 is beyond 5
+
+
 def test_a_family_against_itself_differs_by_nothing() -> None:
     noise = np.random.default_rng(0).normal(size=8)
     family = points([0, 1, 2], [2, 1.5, 0], noise)

@@ -1,5 +1,6 @@
 """Plans: made of a text, drawn by seed, spread out; they steer the diversity head alone."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -152,3 +153,19 @@ def test_ideas_are_spread_out_unless_a_plan_is_given(writer: Writer, monkeypatch
     writer.brainstorm("Hello fox", n=2, mode=CREATIVE, max_new_tokens=6, seed=5, plan="the moon")
     writer.brainstorm("Hello fox", n=2, mode="factual", max_new_tokens=6, seed=5)
     assert len(asked) == 1
+
+
+def test_a_voice_never_draws_plans_which_it_has_not_learnt(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'duet-moe[finetune]'")
+    target = r"diversity_head\.(up_proj|down_proj)"
+    config = peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(copy.deepcopy(writer.model), config).save_pretrained(tmp_path / "acme")
+    writer.model.load_voice(tmp_path / "acme")
+    for method in ("draw", "spread"):
+        monkeypatch.setattr(writer.model.planner, method, lambda *_: pytest.fail("a plan was drawn"))
+    plain = replace(CREATIVE, draw_plan=False)
+    asked = dict(max_new_tokens=6, seed=5, voice="acme")
+    assert writer.write("Hello fox", CREATIVE, **asked).text == writer.write("Hello fox", plain, **asked).text
+    assert len(writer.brainstorm("Hello fox", 2, CREATIVE, **asked)) == 2

@@ -91,6 +91,20 @@ def test_every_setting_is_sampled_and_every_arm_compared(base: Path, short: Path
     assert all((tmp_path / "out" / "exploratory" / f"{axis}.svg").is_file() for axis in plan.axes)
 
 
+def test_prompts_that_a_setting_leaves_without_a_word_are_left_out(
+    base: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self, prompts, seeds, max_new_tokens):  # type: ignore[no-untyped-def]
+        first = suite.tasks_of("creative")[0].prompts[0]
+        silent = self.name.startswith("mine")
+        return ["" if silent and p == first else f"A tale number {s}." for p, s in zip(prompts, seeds, strict=True)]
+
+    monkeypatch.setattr(Duet, "write", write)
+    plan, outcome = outcome_of(base, short, tmp_path / "out")
+    assert outcome.dropped == 1 and all(own.quality.shape[1] == 2 for own in outcome.points.values())
+    assert "(1 left out)" in write_outcome(outcome, plan, tmp_path / "out", "exploratory").read_text()
+
+
 def test_a_prompts_figures_are_means_over_the_seeds(base: Path, short: Path, tmp_path: Path) -> None:
     both = outcome_of(base, short, tmp_path / "out")[1].points["mine"].quality
     alone = [outcome_of(base, short, tmp_path / "out", seeds=[seed])[1].points["mine"].quality for seed in (0, 1)]
