@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer, tokens
+from tiny import save_tiny, tiny_tokenizer, tokens
 from tiny_voice import recorded_starts
 from transformers import Trainer
 
@@ -40,11 +40,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = tiny_tokenizer()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def prefer(base: Path, store: Path, name: str = "taste", rows: object = ROWS, **changes: object) -> Path:
@@ -128,9 +124,7 @@ def test_a_killed_training_goes_on_to_the_same_voice(
 def test_a_voice_of_another_base_and_an_adapter_on_the_output_matrix_are_refused(
     taught: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, other = tiny_tokenizer(), tmp_path / "other"
-    tiny_model(seed=1, vocab_size=len(tokenizer)).save_pretrained(other)
-    tokenizer.save_pretrained(other)
+    other = save_tiny(tmp_path / "other", seed=1)
     with monkeypatch.context() as patch, pytest.raises(WrongBaseError, match="was trained for 'tiny'"):
         patch.setattr(prefer_module, "_fit", lambda *_: pytest.fail("it was trained"))
         prefer(other, taught.parent, "new", voice="taste")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer, tokens
+from tiny import save_tiny, tiny_model, tiny_tokenizer, tokens
 from tiny_voice import recorded_starts
 
 from duet_moe import DuetMoeForCausalLM
@@ -35,11 +35,7 @@ RECIPE = VoiceRecipe(rank=4, epochs=3, samples_per_prompt=1, lr=1e-2)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = tiny_tokenizer()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Models that run in milliseconds, with weights large enough that a wrong mask, expert or mix shows in the logits."""
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -69,6 +70,14 @@ def pad_rows(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.T
         span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[number, span], mask[number, span] = row, 1
     return ids, mask
+
+
+def save_tiny(folder: Path, **changes: object) -> Path:
+    """Save the tiny model and its tokenizer, as a base that commands can be given."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_writer_of(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Writer:
