@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -148,33 +149,47 @@ def test_a_disk_known_to_be_too_small_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.fixture(params=["file limit", "tmpfs"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder in which a second shard no longer fits."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if request.param == "tmpfs":
-        mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(disk)]
-        if subprocess.run(mount, capture_output=True).returncode:
-            pytest.skip("mounting a tmpfs is not allowed here")
-        yield disk
-        subprocess.run(["umount", str(disk)], check=True)
-    else:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-        yield disk
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size`; only for a moment, since the log of the tests is a file too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture(params=["file limit", "tmpfs"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, AbstractContextManager]]:
+    """A folder in which a second shard no longer fits, inside the context."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if request.param == "file limit":
+        yield disk, file_limit(60_000)
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield disk, nullcontext()
+    subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_disk_that_fills_up_gives_one_error_and_no_model(
-    mixtral: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    mixtral: Path,
+    small_disk: tuple[Path, AbstractContextManager],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    usage = shards_module.shutil.disk_usage(small_disk)  # free when the conversion starts, taken by others meanwhile
+    disk, limited = small_disk
+    usage = shards_module.shutil.disk_usage(disk)  # free when the conversion starts, taken by others meanwhile
     monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda path: usage._replace(free=2**40))
-    assert main(["convert", str(mixtral), str(small_disk / "out")]) == 1
+    with limited:
+        status = main(["convert", str(mixtral), str(disk / "out")])
+    assert status == 1
     assert "could not be written" in capsys.readouterr().err
-    assert not (small_disk / "out").exists()
-    left = {path.name for path in (small_disk / "out.partial").iterdir()}
+    assert not (disk / "out").exists()
+    left = {path.name for path in (disk / "out.partial").iterdir()}
     assert left == {"conversion.json", "model-00001-of-00005.safetensors"}
 
 
