@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import re
-import resource
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_no_larger_than
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
@@ -238,17 +237,6 @@ def test_a_path_that_does_not_exist(name: str, capsys: pytest.CaptureFixture) ->
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Let every write beyond `size` bytes of a file fail, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(5_000, "50GB"), (45_000, "50GB"), (45_000, "50KB")])

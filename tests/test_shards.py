@@ -2,18 +2,18 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_no_larger_than
 from sources import assert_answers_equal, edit_json, save_source, source_model
 
 import duet_moe
@@ -149,24 +149,13 @@ def test_a_disk_known_to_be_too_small_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size`; only for a moment, since the log of the tests is a file too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.fixture(params=["file limit", "tmpfs"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, AbstractContextManager]]:
     """A folder in which a second shard no longer fits, inside the context."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if request.param == "file limit":
-        yield disk, file_limit(60_000)
+        yield disk, files_no_larger_than(60_000)
         return
     mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
