@@ -2,7 +2,9 @@
 
     python -m duet_moe.finetune.gate --checkpoint duet-mini --data data --out runs/gated
 
-The gate learns from a recipe's documents (see gate_training.py), within minutes; nothing else of the model changes.
+The gate learns within minutes (see gate_training.py), and nothing else of the model changes. It learns from documents
+that a recipe holds out, and is measured on others of them: what the heads have learnt by heart says nothing of which
+one to trust on new text (stacking, Wolpert 1992, https://doi.org/10.1016/S0893-6080(05)80023-1).
 """
 
 import argparse
@@ -20,7 +22,7 @@ import torch
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
 from duet_moe.configuration.modes import modes_as_dict, read_modes
-from duet_moe.finetune.corpus import Document, Source, load_corpus, read_sources
+from duet_moe.finetune.corpus import Document, Source, is_held_out, load_corpus, read_sources
 from duet_moe.finetune.gate_training import GateReport, GateSettings, Split, train_gate
 from duet_moe.finetune.tokenizer import load_tokenizer
 from duet_moe.modeling.checkpoints import locate
@@ -30,32 +32,35 @@ HEAD_OF = {"creative": "diversity", "factual": "coherence"}  # kind of document 
 
 
 def documents_of(sources: Sequence[Source], data: str | Path, count: int = 1500, seed: int = 0) -> dict[str, Split]:
-    """Return documents for `train_gate` by kind, from the sources of the head that goes with it.
+    """Return documents for `train_gate` by kind: held-out ones of the sources of the head that goes with it.
+
+    About half of them are to learn from and half to report on; equal responses are on one side.
 
     Args:
         data: folder that the sources' paths start from.
-        count: training documents of each kind, and a fifth as many held out, drawn by the sources' weights;
-            fewer where there are fewer.
+        count: documents of each kind, drawn by the sources' weights; fewer where there are fewer.
     """
     corpus = load_corpus(sources, data)
-    return {
-        kind: (
-            _drawn([source for source in sources if source.head == head], corpus, 0, count, seed),
-            _drawn([source for source in sources if source.head == head], corpus, 1, math.ceil(count / 5), seed),
-        )
-        for kind, head in HEAD_OF.items()
-    }
+    found: dict[str, Split] = {}
+    for kind, head in HEAD_OF.items():
+        drawn = _drawn([source for source in sources if source.head == head], corpus, count, seed)
+        sides: Split = ([], [])
+        for document in drawn:
+            # a key of its own: that of the hold-out puts all that is held out on one side
+            sides[is_held_out(f"gate: {document.response}", 0.5)].append(document)
+        found[kind] = sides
+    return found
 
 
 def _drawn(
-    sources: Sequence[Source], corpus: Mapping[str, tuple[list[Document], ...]], side: int, count: int, seed: int
+    sources: Sequence[Source], corpus: Mapping[str, tuple[list[Document], list[Document]]], count: int, seed: int
 ) -> list[Document]:
-    sources = [source for source in sources if corpus[source.name][side]]
+    sources = [source for source in sources if corpus[source.name][1]]
     total = sum(source.weight for source in sources)
     drawn: list[Document] = []
     for source in sources:
-        found, wanted = corpus[source.name][side], math.ceil(count * source.weight / total)
-        drawn += random.Random(f"{seed}-{source.name}").sample(found, min(wanted, len(found)))
+        heldout, wanted = corpus[source.name][1], math.ceil(count * source.weight / total)
+        drawn += random.Random(f"{seed}-{source.name}").sample(heldout, min(wanted, len(heldout)))
     return drawn
 
 
@@ -102,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="new folder for the model with its gate")
     parser.add_argument("--recipe", default="mini-sft", help="YAML file, or the name of one of ours, with the sources")
     parser.add_argument("--cache", default="runs/states", help="folder for the trunk's states (runs/states)")
-    parser.add_argument("--documents", type=int, default=1500, help="training documents of each kind (1500)")
+    parser.add_argument("--documents", type=int, default=1500, help="held-out documents of each kind (1500)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents drawn and of the training (0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

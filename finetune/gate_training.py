@@ -6,7 +6,7 @@ prior. Trunk and heads are frozen, so their part is computed once; the gate's li
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ KINDS = ("creative", "factual")
 CHUNK = 1024  # positions whose logits are in memory at a time
 LEAST = 1e-30  # below this probability of a token its loss grows no further
 AT_START = 0.5  # what the gate is everywhere before it learns
-Split = tuple[Sequence[Document], Sequence[Document]]  # to train on, held out
+Split = tuple[list[Document], list[Document]]  # to learn from, to report on
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class GateSettings:
     creative_prior: float = 0.8
     factual_prior: float = 0.2
     prior_weight: float = 0.1
-    steps: int = 1000
+    steps: int = 300
     batch_size: int = 4096
-    lr: float = 0.01
+    lr: float = 0.001
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,14 +90,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate does on held-out documents.
+    """What the gate does on documents that it did not learn from.
 
     Args:
         losses (`dict`): kind of document, or their `mean` -> nats per token of `gate`, `gate_at_start` (one half, less
             what is settled), `coherence`, `diversity`, `geometric` (their even mix) and `constant_share`.
-        constant_share (`float`): the one share that does best on the training documents.
+        constant_share (`float`): the one share that does best on the documents to learn from.
         mean_gate, mean_share (`dict`): kind -> mean of the gate, before and after what is settled is taken off it.
-        documents, tokens (`dict`): kind -> held-out documents, and their tokens that have a loss.
+        documents, tokens (`dict`): kind -> how many were measured; tokens are those that have a loss.
     """
 
     losses: dict[str, dict[str, float]]
@@ -115,7 +115,7 @@ class GateReport:
             rows.append([name.replace("_", " "), *(f"{row[name]:.4f}" for row in self.losses.values())])
         rows.append(["mean gate", *(f"{value:.3f}" for value in self.mean_gate.values())])
         rows.append(["mean share", *(f"{value:.3f}" for value in self.mean_share.values())])
-        rows.append(["held-out tokens", *(f"{count:,}" for count in self.tokens.values())])
+        rows.append(["tokens", *(f"{count:,}" for count in self.tokens.values())])
         lines = [f"{name:16}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
         return "\n".join([*lines, f"constant share: {self.constant_share:.2f}; {self.seconds:.0f} s"])
 
@@ -133,21 +133,23 @@ def train_gate(
     The trunk's weights no longer require gradients afterwards.
 
     Args:
-        documents: `creative` and `factual` -> documents to train on, and held-out ones, for the report alone.
+        documents: `creative` and `factual` -> documents to learn from, and others for the report alone. Neither should
+            be what the heads were trained on, of which they know too much.
         cache: folder where the trunk's states are kept, as in `duet_moe.finetune.features`.
 
     Raises:
-        ValueError: without training or held-out documents of both kinds, or with a tokenizer of more tokens than the
-            model has.
+        ValueError: without documents of both kinds on both sides, or with a tokenizer of more tokens than the model.
     """
     started, settings = time.monotonic(), settings or GateSettings()
     for kind in KINDS:
         if not all(documents.get(kind, ((), ()))):
-            raise ValueError(f"The gate needs {kind} documents, to train on and held out: there are none of them.")
+            raise ValueError(
+                f"The gate needs {kind} documents, to learn from and to report on: give at least one of each."
+            )
     gate = DuetMoeGate(model.config).to(model.device)
     gate.settled.copy_(settled_tokens(tokenizer, model.config.vocab_size))
     model.eval().model.requires_grad_(False)
-    train, heldout = (
+    train, others = (
         {
             kind: _scored(model, gate, trunk_states(model, documents[kind][side], tokenizer, cache, show))
             for kind in KINDS
@@ -155,8 +157,8 @@ def train_gate(
         for side in (0, 1)
     )
     _learn(gate, train, settings)
-    gates = {kind: _inclinations(gate, scored) for kind, scored in heldout.items()}
-    shares = {kind: gates[kind] * scored.unsettled for kind, scored in heldout.items()}
+    gates = {kind: _inclinations(gate, scored) for kind, scored in others.items()}
+    shares = {kind: gates[kind] * scored.unsettled for kind, scored in others.items()}
     constant = _best_constant(train)
     losses = {
         kind: {
@@ -167,7 +169,7 @@ def train_gate(
             "geometric": float(_nats(scored.geometric)),
             "constant_share": float(scored.loss(constant)),
         }
-        for kind, scored in heldout.items()
+        for kind, scored in others.items()
     }
     mean = {name: sum(row[name] for row in losses.values()) / len(losses) for name in losses["creative"]}
     model.config.hybrid_gate, model.token_gate = True, gate.to(model.dtype)
