@@ -106,6 +106,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in ("head_mix", "gated", "num_experts_per_tok"):  # only tensors are repeated for beams
             if isinstance(kwargs.get(name), list):
                 kwargs[name] = torch.tensor(kwargs[name])
+        if self.token_gate is None and generation_config is not None and generation_config.is_assistant:
+            kwargs.pop("gated", None)  # it drafts for a model that has a gate
         if voice is not None:  # a tensor, so that it is repeated for beams
             kwargs["voice"] = self._voice_indices(voice, _batch_size(inputs, kwargs))
         if mode is None and seed is None:
