@@ -14,7 +14,8 @@ def settled_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch
     """Return 1 for tokens that are settled and 0 for others, float32 (vocab_size,).
 
     Settled are tokens with a digit; letters without a space before them, parts of characters, contractions ("'s"), and
-    capitalised words that the vocabulary does not also have in lower case. Special tokens are not.
+    capitalised words that the vocabulary does not also have in lower case. Other capitals begin a sentence and are not
+    settled, nor are special tokens.
 
     Raises:
         ValueError: if the tokenizer has more tokens than `vocab_size`.
@@ -40,6 +41,7 @@ def _is_settled(text: str, known: set[str]) -> bool:
     word = text.strip()
     if any(character.isnumeric() for character in word):
         return True
-    goes_on = text == word and (BROKEN in word or word.lstrip("'’")[:1].isalpha())
-    is_name = word[:1].isupper() and text.lower() not in known
+    first = word.lstrip("'’")[:1]
+    goes_on = text == word and (BROKEN in word or (first.isalpha() and not first.isupper()))
+    is_name = word[:1].isupper() and not {text.lower(), f" {word.lower()}"} & known
     return goes_on or is_name

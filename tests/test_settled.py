@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from duet_moe.finetune.settled import settled_tokens
 from duet_moe.finetune.tokenizer import SPECIAL_TOKENS, wrap_tokenizer
 
-SETTLED = ["7", "Ġ7", "ing", "Once", "'s", "ĠLisbon", "é", "Ã", "Ġx2"]
-OPEN = ["Ġthe", "ĠThe", "Ġ", ".", 'Ġ"', "Ċ", "'", "Ġ-", "ĠÃ©t"]
+SETTLED = ["7", "Ġ7", "ing", "'s", "ĠLisbon", "Porto", "é", "Ã", "Ġx2"]
+OPEN = ["Ġthe", "ĠThe", "The", "Ġonce", "Once", "Ġ", ".", 'Ġ"', "Ċ", "'", "Ġ-", "ĠÃ©t"]
 
 
 @pytest.fixture(scope="module")
