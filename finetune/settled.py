@@ -15,7 +15,7 @@ def settled_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch
 
     Settled are tokens with a digit; letters without a space before them, parts of characters, contractions ("'s"), and
     capitalised words that the vocabulary does not also have in lower case. Other capitals begin a sentence and are not
-    settled, nor are special tokens.
+    settled.
 
     Raises:
         ValueError: if the tokenizer has more tokens than `vocab_size`.
@@ -24,8 +24,7 @@ def settled_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}: they do not belong.")
     texts = _texts(tokenizer)
     known = set(texts)
-    special = set(tokenizer.all_special_ids)
-    found = [_is_settled(text, known) and index not in special for index, text in enumerate(texts)]
+    found = [_is_settled(text, known) for text in texts]
     return torch.tensor(found + [False] * (vocab_size - len(found))).float()
 
 
