@@ -32,6 +32,7 @@ class DuetMoeConfig(PreTrainedConfig):
         head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
         plan_bank_size (`int`): plans to draw from that are saved with the model; 0 for a head that has not learnt any.
+        hybrid_gate (`bool`): whether the model has a gate, which weighs the heads token by token in hybrid mode.
         head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
         default_mode (`str`): mode that [`Writer`] uses when a call names none.
         format_version (`int`): of the checkpoint; one that is newer than this package is refused.
@@ -108,6 +109,7 @@ class DuetMoeConfig(PreTrainedConfig):
     head_intermediate_size: int | None = None
     plan_size: int = 32
     plan_bank_size: int = 0
+    hybrid_gate: bool = False
     head_mix: float = 0.0
     default_mode: str = "creative"
     format_version: int = FORMAT_VERSION
@@ -190,6 +192,7 @@ class DuetMoeConfig(PreTrainedConfig):
         )
         allowed_norms = (False, True, "all_heads")
         _require(self.qk_norm in allowed_norms, "qk_norm", self.qk_norm, f"one of {allowed_norms}")
+        _require(isinstance(self.hybrid_gate, bool), "hybrid_gate", self.hybrid_gate, "True or False")
         _require(0.0 <= self.head_mix <= 1.0, "head_mix", self.head_mix, "between 0 (coherence) and 1 (diversity)")
         allowed_modes = (*BUILT_IN_MODES, "auto")
         _require(self.default_mode in allowed_modes, "default_mode", self.default_mode, f"one of {allowed_modes}")

@@ -1,11 +1,12 @@
 """Modes: named ways to join the two heads and to sample, saved in `generation_config.json`.
 
 `factual` answers greedily from the coherence head; `creative` samples from the diversity head among the tokens that
-the coherence head finds plausible; `hybrid` samples from the geometric mix. Users add their own with `Mode(...)`.
+the coherence head finds plausible; `hybrid` samples from both, weighed at every token by the model's gate, or from
+their geometric mix where a model has no gate. Users add their own with `Mode(...)`.
 This file travels inside saved checkpoints, so it imports only the standard library.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 class NotInThisVersionError(RuntimeError):
@@ -26,6 +27,8 @@ class Mode:
             0 forbids nothing.
         draw_plan (`bool`): steer each sample of the diversity head by a plan drawn from the model's bank, if it has
             one and the call gives no plan.
+        gated (`bool`): let the model's gate weigh the heads at every token, in the place of `head_mix`; a model that
+            has no gate keeps to `head_mix`.
         plan_guidance (`float`): weight of plan guidance (rule R2); 0 is off, and it needs a plan.
         num_experts_per_tok (`int`, *optional*): active experts; the model's own number when `None`.
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `transformers.GenerationConfig`;
@@ -41,6 +44,7 @@ class Mode:
     draw_plan: bool = False
     plan_guidance: float = 0.0
     num_experts_per_tok: int | None = None
+    gated: bool = False
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -64,9 +68,13 @@ class Mode:
                 "the model's own number."
             )
 
+    def changed(self, **settings: float | int | bool | None) -> "Mode":
+        """Return the mode with settings of a call, which win: a `head_mix` takes the place of the gate too."""
+        return replace(self, **({"gated": False} if "head_mix" in settings else {}) | settings)  # type: ignore[arg-type]
+
     def forward_kwargs(self) -> dict[str, float | int]:
         """Return the part that `forward` applies: how the heads are joined and how many experts answer."""
-        names = ("head_mix", "plausible_min", "plan_guidance", "num_experts_per_tok")
+        names = ("head_mix", "gated", "plausible_min", "plan_guidance", "num_experts_per_tok")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def sampling_kwargs(self) -> dict[str, float | int | bool]:
@@ -86,7 +94,7 @@ BUILT_IN_MODES: dict[str, Mode] = {
     for mode in (
         Mode("factual", head_mix=0.0),
         Mode("creative", head_mix=1.0, plausible_min=0.02, do_sample=True, temperature=0.8, min_p=0.05),
-        Mode("hybrid", head_mix=0.5, do_sample=True, temperature=0.7, min_p=0.05),
+        Mode("hybrid", head_mix=0.5, gated=True, do_sample=True, temperature=0.7, min_p=0.05),
     )
 }
 

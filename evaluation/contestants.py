@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from duet_moe.configuration.modes import Mode, resolve_mode
+from duet_moe.configuration.modes import Mode
 from duet_moe.evaluation.causal import Causal, fingerprint, load_one, log_likelihood
 from duet_moe.evaluation.endpoint import Endpoint
 from duet_moe.evaluation.timing import Timing, peak_memory_bytes, reset_peak_memory
@@ -153,7 +153,7 @@ class Duet:
         """Return `active_parameters`, with both heads where the mode uses both, and `weight_bytes`."""
         model, mode = self.writer.model, self._mode()
         plausible = mode.head_mix > 0.0 and mode.plausible_min > 0.0 and self.voice is None  # rule R1 asks both heads
-        both = plausible or 0.0 < mode.head_mix < 1.0
+        both = plausible or mode.gated or 0.0 < mode.head_mix < 1.0
         counts = parameter_counts(model, mode.num_experts_per_tok)
         return {
             "active_parameters": float(counts["active_both_heads" if both else "active"]),
@@ -161,9 +161,10 @@ class Duet:
         }
 
     def log_likelihood(self, prompt: str, answer: str) -> float:
-        """Score under the mode's `head_mix` and experts; decode rules, which forbid words, are left out."""
+        """Score under the mode's mix of heads and experts; decode rules, which forbid words, are left out."""
         writer, mode = self.writer, self._mode()
-        settings: dict[str, Any] = {"head_mix": mode.head_mix, "num_experts_per_tok": mode.num_experts_per_tok}
+        names = ("head_mix", "gated", "num_experts_per_tok")
+        settings: dict[str, Any] = {name: getattr(mode, name) for name in names}
         if self.voice is not None:
             settings["voice"] = torch.tensor([writer.model.voices.index(self.voice)], device=writer.model.device)
         return log_likelihood(writer.model, writer.tokenizer, prompt, answer, **settings)
@@ -176,4 +177,4 @@ class Duet:
 
     def _mode(self) -> Mode:
         model = self.writer.model
-        return resolve_mode(self.mode or model.config.default_mode, getattr(model.generation_config, "modes", None))
+        return model.resolved(self.mode or model.config.default_mode)

@@ -12,7 +12,6 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from duet_moe.configuration.modes import resolve_mode
 from duet_moe.modeling.checkpoints import bundled
 from duet_moe.modeling.generation_duet_moe import SAMPLING
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
@@ -24,7 +23,7 @@ LM_EVAL_TASKS = Path(__file__).parent / "tasks" / "lm_eval"  # for `--include_pa
 class DuetMoeLM(HFLM):
     """lm-eval's Hugging Face model with a mode.
 
-    Log-likelihoods are those of the mode's `head_mix` and experts; decode rules, which make some of them minus
+    Log-likelihoods are those of the mode's mix of heads and experts; decode rules, which make some of them minus
     infinity, are left out. Text is sampled as the mode says, whatever the task says about sampling.
 
     Args:
@@ -45,13 +44,13 @@ class DuetMoeLM(HFLM):
         super().__init__(pretrained, **kwargs)
         if self.config.model_type != "duet_moe":
             raise ValueError(f"This is a model of type {self.config.model_type!r}: evaluate it with --model hf.")
-        self.mode = resolve_mode(mode, getattr(self.model.generation_config, "modes", None))
+        self.mode = self.model.resolved(mode)
         self.next_seed = seed
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        settings = {"head_mix": self.mode.head_mix, "num_experts_per_tok": self.mode.num_experts_per_tok}
+        settings = {name: getattr(self.mode, name) for name in ("head_mix", "gated", "num_experts_per_tok")}
         precision, half = self.mixed_precision_dtype, self.mixed_precision_dtype is not None
         with torch.no_grad(), torch.autocast(self.device.type, dtype=precision, enabled=half):
             return self.model(inps, **settings).logits

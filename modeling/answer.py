@@ -35,7 +35,9 @@ class Answer:
         added = shown[len(self.text.text) :]
         evidence = self.text.evidence
         if step.coherence_logits is not None and step.diversity_logits is not None:
-            evidence += (token_evidence(token, added, step.coherence_logits[index], step.diversity_logits[index]),)
+            share = None if step.diversity_share is None else float(step.diversity_share[index])
+            heads = step.coherence_logits[index], step.diversity_logits[index]
+            evidence += (token_evidence(token, added, *heads, share),)
         self.text = replace(
             self.text,
             text=shown,

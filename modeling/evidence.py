@@ -18,6 +18,8 @@ class TokenEvidence:
         coherence_logprob, diversity_logprob (`float`): nats, of each head alone.
         disagreement (`float`): Jensen-Shannon divergence of the heads at this position, in bits, 0 to 1.
         decided_by (`str`): `coherence` or `diversity`, whichever gave the token more probability, or `both`.
+        diversity_share (`float`, *optional*): weight of the diversity head at this token, 0 to 1: the gate's, less
+            what it leaves to the coherence head, or the `head_mix` of the mode.
     """
 
     text: str
@@ -25,6 +27,7 @@ class TokenEvidence:
     diversity_logprob: float
     disagreement: float
     decided_by: str
+    diversity_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,15 @@ class Piece:
 
 
 def token_evidence(
-    token: int, text: str, coherence_logits: torch.Tensor, diversity_logits: torch.Tensor
+    token: int,
+    text: str,
+    coherence_logits: torch.Tensor,
+    diversity_logits: torch.Tensor,
+    diversity_share: float | None = None,
 ) -> TokenEvidence:
-    """Say what both heads, logits of shape (vocab,), thought of `token`."""
+    """Say what both heads, logits of shape (vocab,), thought of `token`, and how much the diversity head counted."""
     coherence = float(coherence_logits.float().log_softmax(-1)[token])
     diversity = float(diversity_logits.float().log_softmax(-1)[token])
     decided_by = "both" if abs(coherence - diversity) < TIE else "coherence" if coherence > diversity else "diversity"
     disagreement = float(head_disagreement(coherence_logits, diversity_logits))
-    return TokenEvidence(text, coherence, diversity, disagreement, decided_by)
+    return TokenEvidence(text, coherence, diversity, disagreement, decided_by, diversity_share)

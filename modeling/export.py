@@ -69,6 +69,7 @@ def export_mixtral(
     settings = saved_generation_config(folder, config)
     chosen = _mode(mode, settings)
     shards = ShardSource(folder)
+    _refuse_gate(config, chosen)
     _refuse_trunk(config)
     _refuse_heads(shards, chosen.head_mix)
     dtype = dtype or shards.dtype
@@ -109,6 +110,15 @@ def _mode(mode: str | float, settings: GenerationConfig) -> Mode:
         return Mode(f"mix {mode}", head_mix=float(mode))
     except ValueError as error:
         raise ValueError(f"mode={mode!r} must be one of {sorted(modes)} or a number from 0 to 1.") from error
+
+
+def _refuse_gate(config: DuetMoeConfig, mode: Mode) -> None:
+    """Refuse a mix that changes from token to token."""
+    if config.hybrid_gate and mode.gated:
+        raise ValueError(
+            f"Mode {mode.name!r} lets the gate weigh the heads at every token, and Mixtral has one head. Nearest: "
+            f"export the geometric mix, mode={mode.head_mix}, or serve this model with `transformers`."
+        )
 
 
 def _refuse_trunk(config: DuetMoeConfig) -> None:

@@ -7,6 +7,7 @@ batch sets the library's own sampling; a list of modes, or a `seed`, samples row
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
             voice (`str` or a list with one per row, *optional*): names of loaded voices; `None` in a list is the base.
             plan (`torch.Tensor` of shape (batch, plan_size), *optional*): as in `forward`; where a mode draws plans,
                 one of the model's bank by the row's seed when not given.
-            head_mix, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`.
+            head_mix, gated, plan_guidance, plausible_min, num_experts_per_tok: as in `forward`; a `head_mix` that the
+                call names takes the place of the mode's gate.
 
         Raises:
             ValueError: if a mode or voice is not known, or `mode`/`seed`/`voice` have another length than the batch,
@@ -101,26 +103,30 @@ class DuetMoeGenerationMixin(GenerationMixin):
         """
         if guardrails is not None:
             raise NotInThisVersionError("guardrails=", "Generate without it.")
-        for name in ("head_mix", "num_experts_per_tok"):  # only tensors are repeated for beams
+        for name in ("head_mix", "gated", "num_experts_per_tok"):  # only tensors are repeated for beams
             if isinstance(kwargs.get(name), list):
                 kwargs[name] = torch.tensor(kwargs[name])
+        if self.token_gate is None and generation_config is not None and generation_config.is_assistant:
+            kwargs.pop("gated", None)  # it drafts for a model that has a gate
         if voice is not None:  # a tensor, so that it is repeated for beams
             kwargs["voice"] = self._voice_indices(voice, _batch_size(inputs, kwargs))
         if mode is None and seed is None:
             return super().generate(inputs, generation_config=generation_config, **kwargs)
+        if "head_mix" in kwargs:
+            kwargs.setdefault("gated", False)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         known = getattr(generation_config, "modes", None) or getattr(self.generation_config, "modes", None)
         if isinstance(mode, list) or seed is not None:
             rows = _batch_size(inputs, kwargs)
             own = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
-            modes = [_with(resolve_mode(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
+            modes = [_with(self.resolved(m, known), own) for m in _per_row(mode, rows, "mode", generation_config)]
             seeds = row_seeds(seed, rows)
             self._sample_by_row(modes, seeds, generation_config, kwargs)
             if mode is not None:
                 kwargs = _batched_forward_kwargs(modes, self.config.num_experts_per_tok) | kwargs
             self._draw_plans(modes, seeds, kwargs)
         else:
-            chosen = resolve_mode(mode, known)
+            chosen = self.resolved(mode, known)
             for name, value in chosen.sampling_kwargs().items():
                 setattr(generation_config, name, kwargs.pop(name, value))
             kwargs = chosen.forward_kwargs() | kwargs
@@ -130,6 +136,11 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in set(kwargs) & set(generation_config.to_dict()):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def resolved(self, mode: str | Mode, known: dict[str, dict] | None = None) -> Mode:
+        """Return the mode as `resolve_mode` does, with its gate only where this model has one."""
+        found = resolve_mode(mode, known or getattr(self.generation_config, "modes", None))
+        return found if self.token_gate is not None else replace(found, gated=False)
 
     def _draw_plans(self, modes: list[Mode], seeds: list[int], kwargs: dict) -> None:
         """Give the rows whose mode draws a plan one of the bank, where the call gives none and there is a bank."""
@@ -234,7 +245,7 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
 def _batched_forward_kwargs(modes: list[Mode], default_experts: int) -> dict[str, object]:
     """Return `forward`'s arguments for rows of these modes: plain numbers where all agree, else one value per row."""
     kwargs: dict[str, object] = {}
-    for name in ("head_mix", "plausible_min", "plan_guidance"):
+    for name in ("head_mix", "gated", "plausible_min", "plan_guidance"):
         values = [getattr(mode, name) for mode in modes]
         kwargs[name] = values[0] if len(set(values)) == 1 else torch.tensor(values)
     experts = [mode.num_experts_per_tok or default_experts for mode in modes]

@@ -86,7 +86,7 @@ def model_card(model: DuetMoeForCausalLM, name: str, folder: Path | None = None)
         f"{facts['experts']}",
         "shape": f"{facts['layers']} layers, window {facts['sliding_window']} of a context of {facts['context']} "
         f"tokens, vocabulary {facts['vocabulary']}",
-        "modes": "\n".join(_mode_row(mode) for mode in modes.values()),
+        "modes": "\n".join(_mode_row(mode, model.config.hybrid_gate) for mode in modes.values()),
         "default_mode": model.config.default_mode,
         "history": (_text(folder, "history.md") or "Not recorded.").strip(),
         "notes": notes.text.strip(),
@@ -156,14 +156,15 @@ def _measured(figures: dict, name: str) -> str:
     return _filled(MEASURED, shown).strip()
 
 
-def _mode_row(mode: Mode) -> str:
+def _mode_row(mode: Mode, has_gate: bool) -> str:
     names = ("temperature", "top_k", "top_p", "min_p")
     on = {name: getattr(mode, name) for name in names if getattr(mode, name) != getattr(Mode(""), name)}
     sampling = ", ".join(f"{name} {value}" for name, value in on.items()) or "temperature 1.0"
     rules = ", ".join(
         f"{name} {value}" for name in ("plausible_min", "plan_guidance") if (value := getattr(mode, name))
     )
-    return f"| `{mode.name}` | {mode.head_mix} | {sampling if mode.do_sample else 'greedy'} | {rules or 'none'} |"
+    mix = "gate" if mode.gated and has_gate else mode.head_mix
+    return f"| `{mode.name}` | {mix} | {sampling if mode.do_sample else 'greedy'} | {rules or 'none'} |"
 
 
 def _quoted(answers: Sequence[dict[str, str]]) -> str:

@@ -25,8 +25,9 @@ def parameter_counts(model: DuetMoeForCausalLM, num_experts_per_tok: int | None 
         "diversity_head": sum(p.numel() for p in whole.diversity_head.parameters()),
     }
     idle_experts = parts["experts"] * (config.num_local_experts - k) // config.num_local_experts
+    gate = config.hidden_size + 1 if config.hybrid_gate else 0
     both = parts["total"] - idle_experts - parts["embedding"] + config.hidden_size
-    return parts | {"active": both - parts["diversity_head"], "active_both_heads": both}
+    return parts | {"active": both - parts["diversity_head"] - gate, "active_both_heads": both}
 
 
 def cache_bytes(model: DuetMoeForCausalLM, tokens: int) -> int:

@@ -18,7 +18,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_duet_moe import DuetMoeConfig
+from .gate import DuetMoeGate, add_by_share
 from .generation_duet_moe import DuetMoeGenerationMixin
+from .head_states import DuetMoeHeadStates
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
 from .plans import DuetMoePlanner
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
@@ -32,61 +34,17 @@ class DuetMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """What [`DuetMoeForCausalLM`] returns.
 
     Args:
-        logits (`torch.Tensor` of shape (batch, seq, vocab)): the heads joined by `head_mix` and the decode rules.
+        logits (`torch.Tensor` of shape (batch, seq, vocab)): the heads joined by `head_mix` or the gate, and the
+            decode rules.
         coherence_logits, diversity_logits (`torch.Tensor` of shape (batch, seq, vocab), *optional*): each head alone,
             with `output_head_logits=True`.
+        diversity_share (`torch.Tensor` of shape (batch, seq), *optional*): weight of the diversity head at every
+            token, the gate's where it weighs and `head_mix` elsewhere; with `output_head_logits=True`.
     """
 
     coherence_logits: torch.Tensor | None = None
     diversity_logits: torch.Tensor | None = None
-
-
-class DuetMoeHeadStates:
-    """The model short of an output matrix, which is what other libraries take `base_model` for.
-
-    TRL's trainers do not call `forward`: they multiply `base_model(...).last_hidden_state` by the weight of
-    `get_output_embeddings()`. Of the bare trunk that would leave out a head's adapter and norm and train a wrong model
-    without a word; here it gives the logits of the head that `config.head_mix` names. All else is the trunk's.
-    """
-
-    def __init__(self, model: "DuetMoeForCausalLM"):
-        self._model = model
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model.model, name)
-
-    def __call__(self, *args: object, **kwargs: object) -> MoeModelOutputWithPast:
-        """Return the trunk's output, `last_hidden_state` (batch, seq, hidden) being what `unembed` multiplies.
-
-        Raises:
-            ValueError: if `config.head_mix` names no single head, or one that training cannot change.
-            TypeError: on an argument of the heads, whose settings cannot differ from call to call here.
-        """
-        model = self._model
-        if model.config.head_mix not in (0, 1):
-            raise ValueError(
-                f"config.head_mix={model.config.head_mix} joins both heads, and this library computes its loss from "
-                "one output matrix: set config.head_mix to 0.0 (coherence head) or 1.0 (diversity head)."
-            )
-        if own := kwargs.keys() & {
-            "head_mix",
-            "plan",
-            "plan_guidance",
-            "plausible_min",
-            "output_head_logits",
-            "voice",
-        }:
-            raise TypeError(f"base_model does not take {sorted(own)}: set config.head_mix to 0.0 or 1.0 instead.")
-        head = model._configured_head()
-        used = (weight for part in (head, model.model) for weight in part.parameters())
-        if model.training and torch.is_grad_enabled() and not any(weight.requires_grad for weight in used):
-            raise ValueError(
-                f"Nothing that config.head_mix={model.config.head_mix} uses can be trained: set it to the head whose "
-                "weights are trainable, 0.0 for the coherence head or 1.0 for the diversity head."
-            )
-        outputs = model.model(*args, **kwargs)
-        outputs.last_hidden_state = head(outputs.last_hidden_state, only_features=True)
-        return outputs
+    diversity_share: torch.Tensor | None = None
 
 
 class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoeVoicesMixin):
@@ -120,6 +78,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         self.coherence_head = DuetMoeHead(config)
         self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
         self.planner = DuetMoePlanner(config) if config.plan_bank_size else None
+        self.token_gate = DuetMoeGate(config) if config.hybrid_gate else None
         self.voices = Voices()
         self.generation_config.do_sample = False  # said aloud, or `pipeline` samples in every mode
         self.generation_config._from_model_config = False  # or a saved one is loaded without its modes
@@ -166,6 +125,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         other.unembed = self._get_resized_lm_head(
             other.unembed, embeddings.weight.shape[0], mean_resizing=mean_resizing
         ).requires_grad_(trainable)
+        if self.token_gate is not None:
+            self.token_gate.resize(embeddings.weight.shape[0])
         return embeddings
 
     @can_return_tuple
@@ -183,6 +144,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         head_mix: float | torch.Tensor | None = None,
+        gated: bool | torch.Tensor = False,
         num_experts_per_tok: int | torch.Tensor | None = None,
         plan: torch.Tensor | None = None,
         plan_guidance: float | torch.Tensor = 0.0,
@@ -200,6 +162,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
                 training with split sequences hands them over.
             head_mix (`float` or `torch.Tensor` of shape (batch,) or (batch, seq), *optional*, defaults to the
                 configuration's): 0 is the coherence head, 1 the diversity head, between them the geometric mix.
+            gated (`bool` or `torch.Tensor` of shape (batch,)): where true, the gate's weighted sum of the heads takes
+                the place of `head_mix`.
             num_experts_per_tok (`int` or `torch.Tensor` of shape (batch,), *optional*): active experts of this call.
             plan (`torch.Tensor` of shape (batch, plan_size), *optional*): steers the diversity head; zeros are off.
             plan_guidance (`float` or `torch.Tensor` of shape (batch,)): weight of decode rule R2.
@@ -211,8 +175,8 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
                 into `voice_names`; -1 is the base.
 
         Raises:
-            ValueError: on a mix outside [0, 1], a plan of another width, an impossible number of experts or an index
-                that no voice has.
+            ValueError: on a mix outside [0, 1], `gated` where the model has no gate, a plan of another width, an
+                impossible number of experts or an index that no voice has.
             TypeError: on an argument that this model does not have.
         """
         if unknown := kwargs.keys() - TransformersKwargs.__annotations__.keys():
@@ -239,9 +203,10 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         head_mix = self._per_token(
             self.config.head_mix if head_mix is None else head_mix, hidden_states, logits_to_keep
         )
-        logits, coherence_logits, diversity_logits = self._speak(
+        logits, coherence_logits, diversity_logits, diversity_share = self._speak(
             hidden_states,
             head_mix,
+            self._per_token(gated, hidden_states),
             plan,
             self._per_token(plan_guidance, hidden_states),
             self._per_token(plausible_min, hidden_states),
@@ -264,6 +229,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
             logits=logits,
             coherence_logits=coherence_logits if output_head_logits else None,
             diversity_logits=diversity_logits if output_head_logits else None,
+            diversity_share=diversity_share,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -288,42 +254,74 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
             return slice_logits_to_keep(value.unsqueeze(-1), logits_to_keep)
         return value.reshape(-1, 1, 1)
 
+    def _check_joining(
+        self,
+        head_mix: float | torch.Tensor,
+        gated: float | torch.Tensor,
+        plan: torch.Tensor | None,
+        plausible_min: float | torch.Tensor,
+    ) -> None:
+        for name, value in (("head_mix", head_mix), ("plausible_min", plausible_min)):
+            if not _everywhere(value, lambda v: (v >= 0) & (v <= 1), when_compiling=True):
+                raise ValueError(f"{name} must be between 0 and 1 everywhere, but it is {value}.")
+        if not _everywhere(gated, lambda v: (v == 0) | (v == 1), when_compiling=True):
+            raise ValueError(f"gated must be true or false for each row, but it is {gated}.")
+        if self.token_gate is None and not _everywhere(gated, lambda v: v == 0):
+            raise ValueError(
+                "gated is true, but this model has no gate: use head_mix, or train a gate with "
+                "`python -m duet_moe.finetune.gate`."
+            )
+        if plan is not None and (plan.ndim != 2 or plan.shape[1] != self.config.plan_size or not plan.shape[1]):
+            raise ValueError(
+                f"plan has shape {tuple(plan.shape)}; this model takes (batch, plan_size={self.config.plan_size})."
+            )
+
     def _speak(
         self,
         hidden_states: torch.Tensor,
         head_mix: float | torch.Tensor,
+        gated: float | torch.Tensor,
         plan: torch.Tensor | None,
         plan_guidance: float | torch.Tensor,
         plausible_min: float | torch.Tensor,
         both_heads: bool,
         voice: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Compute the heads that are needed and join them; returns joined, coherence and diversity logits."""
-        for name, value in (("head_mix", head_mix), ("plausible_min", plausible_min)):
-            if not _everywhere(value, lambda v: (v >= 0) & (v <= 1), when_compiling=True):
-                raise ValueError(f"{name} must be between 0 and 1 everywhere, but it is {value}.")
-        if plan is not None and (plan.ndim != 2 or plan.shape[1] != self.config.plan_size or not plan.shape[1]):
-            raise ValueError(
-                f"plan has shape {tuple(plan.shape)}; this model takes (batch, plan_size={self.config.plan_size})."
-            )
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Compute the heads that are needed and join them.
+
+        Returns:
+            joined, coherence and diversity logits (batch, seq, vocab), and with `both_heads` the diversity head's
+            share (batch, seq).
+        """
+        self._check_joining(head_mix, gated, plan, plausible_min)
+        has_gate = not _everywhere(gated, lambda v: v == 0)
         has_rule = not _everywhere(plausible_min, lambda v: v == 0)
         coherence = diversity = None
-        if both_heads or has_rule or not _everywhere(head_mix, lambda v: v == 1):
+        if both_heads or has_rule or has_gate or not _everywhere(head_mix, lambda v: v == 1):
             coherence = self.coherence_head(hidden_states)
-        if both_heads or not _everywhere(head_mix, lambda v: v == 0):
+        if both_heads or has_gate or not _everywhere(head_mix, lambda v: v == 0):
             plan = None if plan is None else plan[:, None]  # (batch, 1, plan_size)
             voices = None if voice is None else self.voices.pick(voice, hidden_states)
             diversity = self.diversity_head(hidden_states, plan, voices=voices)
         guided = diversity
         if plan is not None and diversity is not None and not _everywhere(plan_guidance, lambda v: v == 0):
             guided = guide_by_plan(diversity, self.diversity_head(hidden_states, voices=voices), plan_guidance)
+        share = head_mix
         if coherence is None or guided is None:
             logits = guided if coherence is None else coherence
         else:
             logits = mix_logits(coherence, guided, head_mix)
+            if has_gate:
+                weighed = self.token_gate(hidden_states, coherence)
+                is_gated = torch.as_tensor(gated, device=logits.device) > 0
+                logits = torch.where(is_gated, add_by_share(coherence, guided, weighed), logits)
+                share = torch.where(is_gated, weighed, head_mix)
         if has_rule:
             logits = keep_plausible(logits, coherence, plausible_min)
-        return logits, coherence, diversity
+        if not both_heads:
+            return logits, coherence, diversity, None
+        share = torch.as_tensor(share, dtype=torch.float32, device=logits.device)
+        return logits, coherence, diversity, share.expand(*hidden_states.shape[:2], 1)[..., 0]
 
 
 def _everywhere(value: float | torch.Tensor, condition: Callable, when_compiling: bool = False) -> bool:

@@ -15,11 +15,15 @@ from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 
 @dataclass(frozen=True)
 class Step:
-    """One decoding step of a batch: chosen tokens (batch,) and, if asked for, both heads' logits (batch, vocab)."""
+    """One decoding step of a batch: chosen tokens (batch,) and, if asked for, what evidence needs.
+
+    That is both heads' logits (batch, vocab) and the diversity head's share (batch,).
+    """
 
     tokens: torch.Tensor
     coherence_logits: torch.Tensor | None
     diversity_logits: torch.Tensor | None
+    diversity_share: torch.Tensor | None = None
 
 
 class _Recorder(BaseStreamer):
@@ -27,18 +31,18 @@ class _Recorder(BaseStreamer):
 
     def __init__(self) -> None:
         self.steps: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
-        self.logits: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.seen: tuple[torch.Tensor | None, ...] = ()
         self.prompt_is_next = True
 
     def on_step(self, outputs: object) -> None:
-        heads = (outputs.coherence_logits, outputs.diversity_logits)  # type: ignore[attr-defined]
-        self.logits = tuple(None if logits is None else logits[:, -1] for logits in heads)
+        names = ("coherence_logits", "diversity_logits", "diversity_share")
+        self.seen = tuple(None if (part := getattr(outputs, name)) is None else part[:, -1] for name in names)
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_is_next:
             self.prompt_is_next = False
         else:
-            self.steps.put(Step(value.reshape(-1), *self.logits))
+            self.steps.put(Step(value.reshape(-1), *self.seen))
 
     def end(self) -> None:
         pass  # the thread reports the end, so that an error is reported too

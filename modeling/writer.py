@@ -177,7 +177,7 @@ class Writer:
         ]
         own = {name: generate_kwargs.pop(name) for name in Mode.__dataclass_fields__ if name in generate_kwargs}
         experts = {"num_experts_per_tok": own["num_experts_per_tok"]} if "num_experts_per_tok" in own else {}
-        chosen = [replace(mode, **(own if mode.do_sample else experts)) for mode in chosen]
+        chosen = [mode.changed(**(own if mode.do_sample else experts)) for mode in chosen]
         seed = _drawn(seed)
         rows = len(chosen)
         seeds: list[int | None] = [seed] * rows

@@ -5,7 +5,7 @@ that listen to the diversity head, so the factual panel stays factual whatever i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -89,7 +89,7 @@ class Settings:
         names = ["num_experts_per_tok"]
         names += ["temperature", "top_p", "min_p"] if mode.do_sample else []
         names += ["head_mix"] if mode.head_mix > 0 else []
-        return replace(mode, **{name: value for name in names if (value := getattr(self, name)) is not None})
+        return mode.changed(**{name: value for name in names if (value := getattr(self, name)) is not None})
 
 
 class SettingsForm:

@@ -72,6 +72,7 @@ def test_optional_sizes_may_be_zero_but_not_negative(name: str) -> None:
         ({"head_mix": -0.1}, "head_mix=-0.1", "between 0"),
         ({"head_mix": 1.5}, "head_mix=1.5", "between 0"),
         ({"head_mix": float("nan")}, "head_mix=nan", "between 0"),
+        ({"hybrid_gate": 1}, "hybrid_gate=1", "True or False"),
         ({"default_mode": "poetic"}, "'poetic'", "factual"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True", "False"),
     ],

@@ -125,7 +125,8 @@ def test_the_output_has_what_was_asked_for_and_nothing_else(model: DuetMoeForCau
         use_cache=False,
     )
     assert rich.keys() == {
-        "loss", "aux_loss", "logits", "coherence_logits", "diversity_logits", "hidden_states", "router_logits",
+        "loss", "aux_loss", "logits", "coherence_logits", "diversity_logits", "diversity_share", "hidden_states",
+        "router_logits",
     }  # fmt: skip
     assert [states.shape for states in rich.hidden_states] == [(2, 9, 32)] * 3
     assert torch.equal(rich.hidden_states[-1], model.model(ids).last_hidden_state)

@@ -1,7 +1,7 @@
 """Modes are small frozen records that check themselves and survive a JSON file."""
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given
@@ -15,6 +15,7 @@ MODES = st.builds(
     Mode,
     name=st.text(min_size=1, max_size=8),
     head_mix=SHARES,
+    gated=st.booleans(),
     plausible_min=SHARES,
     plan_guidance=st.floats(0, 5),
     num_experts_per_tok=st.none() | st.integers(1, 8),
@@ -79,10 +80,18 @@ def test_sampling_settings_are_given_only_where_the_mode_samples(mode: Mode) -> 
 
 @given(MODES)
 def test_forward_gets_the_heads_and_the_experts_that_the_mode_names(mode: Mode) -> None:
-    expected = {"head_mix": mode.head_mix, "plausible_min": mode.plausible_min, "plan_guidance": mode.plan_guidance}
+    names = ("head_mix", "gated", "plausible_min", "plan_guidance")
+    expected = {name: getattr(mode, name) for name in names}
     if mode.num_experts_per_tok is not None:
         expected["num_experts_per_tok"] = mode.num_experts_per_tok
     assert mode.forward_kwargs() == expected
+
+
+@given(MODES, SHARES)
+def test_a_mix_that_a_call_names_takes_the_place_of_the_gate(mode: Mode, mix: float) -> None:
+    assert mode.changed(head_mix=mix) == replace(mode, head_mix=mix, gated=False)
+    assert mode.changed(head_mix=mix, gated=True) == replace(mode, head_mix=mix, gated=True)
+    assert mode.changed(temperature=0.5) == replace(mode, temperature=0.5)
 
 
 @given(MODES)
