@@ -32,6 +32,7 @@ class DuetMoeConfig(PreTrainedConfig):
         head_intermediate_size (`int`, *optional*): width of each head's SwiGLU adapter; `hidden_size` when not given.
         plan_size (`int`): width of the plan vector that steers the diversity head; 0 builds none.
         plan_bank_size (`int`): plans to draw from that are saved with the model; 0 for a head that has not learnt any.
+        task_router_size (`int`): width of the router that reads a prompt's task for `auto`; 0 builds none.
         hybrid_gate (`bool`): whether the model has a gate, which weighs the heads token by token in hybrid mode.
         head_mix (`float`): mix when a call names none; 0 is the coherence head, 1 the diversity head.
         default_mode (`str`): mode that [`Writer`] uses when a call names none.
@@ -110,6 +111,7 @@ class DuetMoeConfig(PreTrainedConfig):
     plan_size: int = 32
     plan_bank_size: int = 0
     hybrid_gate: bool = False
+    task_router_size: int = 0
     head_mix: float = 0.0
     default_mode: str = "creative"
     format_version: int = FORMAT_VERSION
@@ -158,7 +160,7 @@ class DuetMoeConfig(PreTrainedConfig):
         )  # fmt: skip
         for name in positive:
             _require(isinstance(value := getattr(self, name), int) and value >= 1, name, value, "a whole number >= 1")
-        for name in ("num_shared_experts", "plan_size", "plan_bank_size"):
+        for name in ("num_shared_experts", "plan_size", "plan_bank_size", "task_router_size"):
             _require(isinstance(value := getattr(self, name), int) and value >= 0, name, value, "a whole number >= 0")
         _require(
             self.plan_size > 0 or not self.plan_bank_size,

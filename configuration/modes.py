@@ -8,6 +8,8 @@ This file travels inside saved checkpoints, so it imports only the standard libr
 
 from dataclasses import asdict, dataclass, replace
 
+AUTO = "auto"  # in the place of a mode's name: the model's task router chooses one by the prompt
+
 
 class NotInThisVersionError(RuntimeError):
     """A documented feature that a later version brings."""
@@ -123,16 +125,16 @@ def resolve_mode(mode: str | Mode, known: dict[str, dict] | None = None) -> Mode
         known (`dict[str, dict]`, *optional*): modes saved with a checkpoint; they win over the built-in ones.
 
     Raises:
-        ValueError: if no mode has that name, or a saved one has a setting that this version does not know.
-        NotInThisVersionError: for `"auto"`.
+        ValueError: if no mode has that name, or a saved one has a setting that this version does not know; for
+            `"auto"`, which no prompt is there to choose for.
     """
     if isinstance(mode, Mode):
         return mode
     modes = read_modes(known)
     if mode in modes:
         return modes[mode]
-    if mode == "auto":
-        raise NotInThisVersionError('mode="auto"', f"Choose one of {sorted(modes)}.")
+    if mode == AUTO:
+        raise ValueError(f"mode='auto' is chosen by a prompt, and there is none here: choose one of {sorted(modes)}.")
     raise ValueError(f"mode={mode!r} is not known: choose one of {sorted(modes)}, or pass a Mode(...) of your own.")
 
 

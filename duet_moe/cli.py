@@ -147,13 +147,19 @@ def _write(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from duet_moe import Writer
+    from duet_moe.configuration.modes import AUTO
 
     writer = Writer.load(arguments.model, arguments.voice, store=arguments.store)
     settings = _settings(arguments) | {"mode": arguments.mode}
     if arguments.json:
         print(json.dumps(asdict(writer.write(_prompt(arguments), **settings))))  # type: ignore[arg-type]
         return
-    for piece in writer.stream(_prompt(arguments), evidence=False, **settings):  # type: ignore[arg-type]
+    prompt = _prompt(arguments)
+    if (arguments.mode or writer.model.config.default_mode) == AUTO:
+        route = writer.route(prompt)
+        settings["mode"] = route.mode
+        print(f"mode: {route.mode} (creative with probability {route.probability:.2f})", file=sys.stderr)
+    for piece in writer.stream(prompt, evidence=False, **settings):  # type: ignore[arg-type]
         print(piece.text, end="", flush=True)
     print()
 

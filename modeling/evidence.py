@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from duet_moe.modeling.heads import head_disagreement
+from duet_moe.modeling.task_router import Route
 
 TIE = 0.05  # nats: heads closer than this on a token decided it together
 
@@ -40,6 +41,7 @@ class Text:
         time_to_first_token (`float`): seconds. tokens_per_second (`float`): of the decoding after the first token.
         finish_reason (`str`): `end`, `length`, `stopped`, or `running` while it is being written.
         voice (`str`, *optional*): that the diversity head had; `None` is the base.
+        route (`Route`, *optional*): what the task router made of the prompt, where it chose the mode.
         notes (`tuple[str, ...]`): what the caller should know, such as a prompt that was cut.
     """
 
@@ -54,6 +56,7 @@ class Text:
     finish_reason: str = "running"
     notes: tuple[str, ...] = ()
     voice: str | None = None
+    route: Route | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 
 from .cache import DuetMoeCache
-from .modes import Mode, NotInThisVersionError, resolve_mode
+from .modes import AUTO, Mode, NotInThisVersionError, resolve_mode
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -86,8 +86,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
         """Generate as in transformers, in a mode.
 
         Args:
-            mode (`str`, `Mode` or a list with one per row, *optional*): how to join the heads and how to sample. An
-                argument given beside it (`temperature=`, `head_mix=`, ...) wins over the mode's.
+            mode (`str`, `Mode` or a list with one per row, *optional*): how to join the heads and how to sample;
+                `"auto"` leaves it to the task router, row by row. An argument given beside it (`temperature=`,
+                `head_mix=`, ...) wins over the mode's.
             seed (`int` or one per row, *optional*): draw row by row from generators of these seeds; an int counts up
                 from row to row. Without it, sampling uses torch's global generator.
             voice (`str` or a list with one per row, *optional*): names of loaded voices; `None` in a list is the base.
@@ -98,8 +99,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if a mode or voice is not known, or `mode`/`seed`/`voice` have another length than the batch,
-                or `seed` meets beams or several continuations per prompt.
-            NotInThisVersionError: for `mode="auto"` and for `guardrails`.
+                or `seed` meets beams or several continuations per prompt, or a mode is "auto" and the model has no
+                task router.
+            NotInThisVersionError: for `guardrails`.
         """
         if guardrails is not None:
             raise NotInThisVersionError("guardrails=", "Generate without it.")
@@ -114,6 +116,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config=generation_config, **kwargs)
         if "head_mix" in kwargs:
             kwargs.setdefault("gated", False)
+        if AUTO in (mode if isinstance(mode, list) else [mode]):
+            mode = self._routed(mode, inputs, kwargs)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         known = getattr(generation_config, "modes", None) or getattr(self.generation_config, "modes", None)
         if isinstance(mode, list) or seed is not None:
@@ -136,6 +140,15 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in set(kwargs) & set(generation_config.to_dict()):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _routed(self, mode: str | list[str | Mode], inputs: torch.Tensor | None, kwargs: dict) -> list[str | Mode]:
+        """Return one mode per row, the router's where it says "auto"."""
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError('mode="auto" reads the prompt: give input_ids, or choose a mode yourself.')
+        modes = mode if isinstance(mode, list) else [mode] * len(input_ids)
+        routes = self.route(input_ids, kwargs.get("attention_mask"))
+        return [route.mode if each == AUTO else each for each, route in zip(modes, routes, strict=False)]
 
     def resolved(self, mode: str | Mode, known: dict[str, dict] | None = None) -> Mode:
         """Return the mode as `resolve_mode` does, with its gate only where this model has one."""

@@ -23,6 +23,7 @@ from .generation_duet_moe import DuetMoeGenerationMixin
 from .head_states import DuetMoeHeadStates
 from .heads import DuetMoeHead, guide_by_plan, keep_plausible, mix_logits
 from .plans import DuetMoePlanner
+from .task_router import DuetMoeRoutingMixin, DuetMoeTaskRouter
 from .trunk import DuetMoeModel, DuetMoePreTrainedModel
 from .voices import DuetMoeVoicesMixin, Voices
 
@@ -47,7 +48,7 @@ class DuetMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     diversity_share: torch.Tensor | None = None
 
 
-class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoeVoicesMixin):
+class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoeVoicesMixin, DuetMoeRoutingMixin):
     """Trunk and two heads.
 
     Example:
@@ -79,6 +80,7 @@ class DuetMoeForCausalLM(DuetMoePreTrainedModel, DuetMoeGenerationMixin, DuetMoe
         self.diversity_head = DuetMoeHead(config, plan_size=config.plan_size)
         self.planner = DuetMoePlanner(config) if config.plan_bank_size else None
         self.token_gate = DuetMoeGate(config) if config.hybrid_gate else None
+        self.task_router = DuetMoeTaskRouter(config) if config.task_router_size else None
         self.voices = Voices()
         self.generation_config.do_sample = False  # said aloud, or `pipeline` samples in every mode
         self.generation_config._from_model_config = False  # or a saved one is loaded without its modes

@@ -1,6 +1,7 @@
 """Shim, as `configuration_duet_moe.py` beside it: `save_pretrained` puts the real file in its place."""
 
 from duet_moe.configuration.modes import (
+    AUTO,
     BUILT_IN_MODES,
     Mode,
     NotInThisVersionError,

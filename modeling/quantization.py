@@ -33,7 +33,8 @@ from .packed_experts import BLOCK, PROJECTIONS, PackedExperts, pack
 
 logger = logging.get_logger("transformers.duet_moe")  # follows the verbosity that users set there
 
-HEADS = ("coherence_head", "diversity_head", "token_gate")  # the gate, one row of weights, joins the other two
+# the gate and the router are small, and decide
+HEADS = ("coherence_head", "diversity_head", "token_gate", "task_router")
 METHODS = {"duet_moe_bnb_4bit": "load_in_4bit", "duet_moe_bnb_8bit": "load_in_8bit"}  # `quant_method` in config.json
 POSSIBLE = (
     "Possible are BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True), and TorchAoConfig; in an FqnToConfig "

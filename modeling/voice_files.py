@@ -96,8 +96,8 @@ def base_hashes(model: nn.Module) -> dict[str, str | None]:
     Returns:
         `shared`: SHA-256 over name, shape and bfloat16 bytes of embedding, norms, routers and heads, which quantised
         forms have too. `trunk`: the same over attention and experts; `None` where they are quantised. Kept on the
-        model until a weight changes. A model that carries PEFT adapters has the hashes of its base; a gate, of which a
-        voice knows nothing, counts for neither.
+        model until a weight changes. A model that carries PEFT adapters has the hashes of its base; a gate and a
+        task router, of which a voice knows nothing, count for neither.
 
     Raises:
         ValueError: if weights are not in memory.
@@ -105,7 +105,7 @@ def base_hashes(model: nn.Module) -> dict[str, str | None]:
     weights = {
         name.replace(".base_layer.", ".").removeprefix("base_model.model."): weight
         for name, weight in model.named_parameters()
-        if "lora_" not in name and "token_gate." not in name
+        if not any(part in name for part in ("lora_", "token_gate.", "task_router."))
     }
     state = tuple((name, weight.data_ptr(), weight._version, weight.device) for name, weight in weights.items())
     kept = getattr(model, "_base_hashes", None)

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
-from duet_moe.configuration.modes import Mode, NotInThisVersionError, read_modes, resolve_mode
+from duet_moe.configuration.modes import AUTO, Mode, NotInThisVersionError, read_modes, resolve_mode
 from duet_moe.modeling.answer import Answer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
 from duet_moe.modeling.generation_duet_moe import row_seeds
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 from duet_moe.modeling.stepping import decoding_steps
+from duet_moe.modeling.task_router import Route
 from duet_moe.modeling.voice_files import voice_folder
 
 BASE = "base"  # what `voice=` calls the model itself
@@ -105,7 +106,7 @@ class Writer:
         """Answer `prompt`.
 
         Args:
-            mode: name or `Mode`; the model's `default_mode` when not given.
+            mode: name or `Mode`; "auto" leaves it to the task router; the model's `default_mode` when not given.
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
             voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
@@ -118,7 +119,7 @@ class Writer:
             ValueError: on an empty prompt, an unknown mode or a setting out of range.
             OSError, ValueError: if there is no such voice, or it is damaged or for another base.
         """
-        *_, final = self._run([prompt], [self._mode(mode)], [seed], max_new_tokens, evidence, voice, generate_kwargs)
+        *_, final = self._run([prompt], [mode], [seed], max_new_tokens, evidence, voice, generate_kwargs)
         return final[0]
 
     def stream(
@@ -136,8 +137,7 @@ class Writer:
         Closing the iterator ends the generation at its next token. Arguments and errors as in `write`.
         """
         shown, told = 0, 0
-        modes = [self._mode(mode)]
-        for (text,) in self._run([prompt], modes, [seed], max_new_tokens, evidence, voice, generate_kwargs):
+        for (text,) in self._run([prompt], [mode], [seed], max_new_tokens, evidence, voice, generate_kwargs):
             if len(text.text) > shown or len(text.evidence) > told:
                 yield Piece(text.text[shown:], text.evidence[told:])
             shown, told = len(text.text), len(text.evidence)
@@ -169,7 +169,7 @@ class Writer:
         Settings given here apply to the modes that sample: the answer of a greedy mode stays what that mode says. A
         mode that is named twice gets a number in its key.
         """
-        chosen = [self._mode(mode) for mode in modes]
+        chosen = [self._chosen(mode, prompt) for mode in modes]
         names = [mode.name for mode in chosen]
         keys = [
             name if names.index(name) == i else f"{name} ({names[: i + 1].count(name)})"
@@ -202,7 +202,8 @@ class Writer:
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
         seed = _drawn(seed)
-        draws = self._mode(mode).draw_plan and self.model.planner is not None and self._voice(voice) is None
+        mode = self._chosen(mode, prompt)
+        draws = mode.draw_plan and self.model.planner is not None and self._voice(voice) is None
         if draws and "plan" not in generate_kwargs:
             generate_kwargs["plan"] = self.model.planner.spread(n, seed)
         return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, voice, **generate_kwargs)
@@ -223,8 +224,9 @@ class Writer:
             seed, voice: also a list with one for each prompt.
         """
         seeds = row_seeds(_drawn(seed) if seed is None else seed, len(prompts))
-        modes = [self._mode(mode)] * len(prompts)
-        *_, final = self._run(list(prompts), modes, seeds, max_new_tokens, evidence, voice, generate_kwargs)
+        *_, final = self._run(
+            list(prompts), [mode] * len(prompts), seeds, max_new_tokens, evidence, voice, generate_kwargs
+        )
         return final
 
     def plan(self, theme: str) -> torch.Tensor:
@@ -239,17 +241,22 @@ class Writer:
         ids = ids["input_ids"][0].long().to(self.model.device)
         return self.model.planner.of_tokens(ids, self.model.coherence_head.unembed.weight)[None]
 
-    def route(self, prompt: str) -> None:
-        """Say whether `prompt` asks for invention or for facts; a later version brings it.
+    def route(self, prompt: str) -> Route:
+        """Say whether `prompt` asks for invention or for facts: what `mode="auto"` goes by.
 
         Raises:
-            NotInThisVersionError: always.
+            ValueError: on an empty prompt, or if the model has no task router.
         """
-        raise NotInThisVersionError("route()", f"Choose a mode yourself: {sorted(self.modes)}.")
+        batch, _ = self.encode([prompt], 1)
+        return self.model.route(**batch)[0]
 
-    def _mode(self, mode: str | Mode | None) -> Mode:
+    def _mode(self, mode: str | Mode) -> Mode:
         known = {name: asdict(saved) for name, saved in self.modes.items()}
-        return resolve_mode(mode or self.model.config.default_mode, known)
+        return resolve_mode(mode, known)
+
+    def _chosen(self, mode: str | Mode | None, prompt: str) -> Mode:
+        mode = mode or self.model.config.default_mode
+        return self._mode(self.route(prompt).mode if mode == AUTO else mode)
 
     def _voices(self, voice: str | Path | Sequence[str | Path | None] | None, rows: int) -> list[str | None]:
         given = [voice] * rows if voice is None or isinstance(voice, str | Path) else list(voice)
@@ -270,7 +277,7 @@ class Writer:
     def _run(
         self,
         prompts: list[str],
-        modes: list[Mode],
+        modes: Sequence[str | Mode | None],
         seeds: Sequence[int | None],
         max_new_tokens: int,
         evidence: bool,
@@ -280,24 +287,30 @@ class Writer:
         """Yield all rows' answers after every step, the last time with their finish reasons."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
-        batch, notes = self._encode(prompts, max_new_tokens)
+        batch, notes = self.encode(prompts, max_new_tokens)
+        asked = [mode or self.model.config.default_mode for mode in modes]
+        routes = self.model.route(**batch) if AUTO in asked else [None] * len(prompts)
+        taken = [route if mode == AUTO else None for mode, route in zip(asked, routes, strict=True)]
+        chosen = [self._mode(route.mode if route else mode) for mode, route in zip(asked, taken, strict=True)]
         voices = self._voices(voice, len(prompts))
         if isinstance(generate_kwargs.get("plan"), str):
             generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
         # rule R1 asks the coherence head, which has never heard of the voice; and the voice has never heard of plans
-        modes = [
+        chosen = [
             replace(mode, plausible_min=0.0, draw_plan=False) if named else mode
-            for mode, named in zip(modes, voices, strict=True)
+            for mode, named in zip(chosen, voices, strict=True)
         ]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
-            Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named))
-            for mode, prompt, seed, note, named in zip(modes, prompts, drawn, notes, voices, strict=True)
+            Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named, route=route))
+            for mode, prompt, seed, note, named, route in zip(
+                chosen, prompts, drawn, notes, voices, taken, strict=True
+            )
         ]
         steps = decoding_steps(
             self.model,
             **batch,
-            mode=modes,
+            mode=chosen,
             seed=drawn,
             max_new_tokens=max_new_tokens,
             output_head_logits=evidence,
@@ -313,9 +326,17 @@ class Writer:
             steps.close()  # type: ignore[attr-defined]
         yield [row.finished(max_new_tokens) for row in rows]
 
-    def _encode(
-        self, prompts: list[str], max_new_tokens: int
+    def encode(
+        self, prompts: Sequence[str], max_new_tokens: int
     ) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
+        """Return prompts as the model reads them, and notes on each of them.
+
+        Returns:
+            `input_ids` and `attention_mask`, (prompts, seq), padded on the left, on the model's device.
+
+        Raises:
+            ValueError: on an empty prompt, or where `max_new_tokens` leave no room for one.
+        """
         room = self.model.config.max_position_embeddings - max_new_tokens
         if room < 1:
             raise ValueError(

@@ -1,0 +1,124 @@
+"""The task router: does a prompt ask for invention or for facts?
+
+A small head on the trunk's states of the prompt, of several depths at once: pooled by attention, by their greatest
+values and by the last one. Its probability is calibrated on prompts that it was not trained on, and two thresholds,
+chosen there too, make a mode of it; between them nobody is sure, and `hybrid` answers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_duet_moe import DuetMoeConfig
+
+DEPTHS = 5  # of the trunk that are read, the embeddings and the last layer among them
+POOLS = 4
+DROPOUT = 0.3
+LONGEST = 1024  # tokens; of a longer prompt its end is read
+
+
+@dataclass(frozen=True)
+class Route:
+    """What the router makes of a prompt.
+
+    Args:
+        mode (`str`): `creative`, `factual`, or `hybrid` where the router is not sure.
+        probability (`float`): that the task is creative.
+    """
+
+    mode: str
+    probability: float
+
+
+def read_depths(layers: int) -> list[int]:
+    """Return which of the trunk's `layers` + 1 states are read, evenly spread, first and last among them."""
+    return torch.linspace(0, layers, min(DEPTHS, layers + 1)).round().int().tolist()
+
+
+class DuetMoeTaskRouter(nn.Module):
+    """Maps the trunk's states of prompts to the log-odds that they ask for invention.
+
+    Buffers, filled by training and saved with the model: `calibration` (2,), slope and offset of the log-odds (Platt
+    1999); `thresholds` (2,), the probability below which a prompt is factual and the one from which it is creative.
+    """
+
+    calibration: torch.Tensor
+    thresholds: torch.Tensor
+
+    def __init__(self, config: DuetMoeConfig):
+        super().__init__()
+        width = config.task_router_size
+        self.depths = read_depths(config.num_hidden_layers)
+        states = len(self.depths) * config.hidden_size
+        self.norm = nn.LayerNorm(states)
+        self.inputs = nn.Linear(states, width)
+        self.attention = nn.Linear(width, POOLS)
+        self.hidden = nn.Linear((POOLS + 2) * width, width)
+        self.output = nn.Linear(width, 1)
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+        self.register_buffer("thresholds", torch.tensor([0.5, 0.5]))
+
+    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the log-odds (batch,), float32.
+
+        Args:
+            states (`torch.Tensor` of shape (batch, seq, depths * hidden)): those of `depths`, side by side.
+            attention_mask (`torch.Tensor` of shape (batch, seq)): 0 for padding, on whichever side.
+        """
+        kept = attention_mask.bool().unsqueeze(-1)
+        inner = self._drop(F.gelu(self.inputs(self.norm(states.to(self.norm.weight.dtype)))))
+        weights = self.attention(inner).masked_fill(~kept, float("-inf")).softmax(1)
+        pooled = (weights.transpose(1, 2) @ inner).flatten(1)
+        greatest = inner.masked_fill(~kept, float("-inf")).amax(1)
+        places = torch.arange(inner.shape[1], device=inner.device)
+        last = inner[torch.arange(len(inner), device=inner.device), (places * attention_mask.bool()).argmax(1)]
+        joined = self._drop(torch.cat([pooled, greatest, last], dim=1))
+        odds = self.output(self._drop(F.gelu(self.hidden(joined))))[:, 0].float()
+        slope, offset = self.calibration.float()
+        return slope * odds + offset
+
+    def route(self, log_odds: torch.Tensor) -> list[Route]:
+        """Turn log-odds (batch,) into modes."""
+        factual_below, creative_from = self.thresholds.tolist()
+        routes = []
+        for probability in log_odds.sigmoid().tolist():
+            sure = "factual" if probability < factual_below else "creative" if probability >= creative_from else None
+            routes.append(Route(sure or "hybrid", probability))
+        return routes
+
+    def _drop(self, states: torch.Tensor) -> torch.Tensor:
+        return F.dropout(states, DROPOUT, self.training)
+
+
+class DuetMoeRoutingMixin:
+    """Lets a model say what kind of task a prompt is."""
+
+    @torch.no_grad()
+    def prompt_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return what the router reads of prompts (batch, seq): (batch, seq, depths * hidden)."""
+        states = self.model(input_ids, attention_mask, use_cache=False, output_hidden_states=True).hidden_states
+        return torch.cat([states[depth] for depth in self.task_router.depths], dim=-1)
+
+    @torch.no_grad()
+    def route(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> list[Route]:
+        """Say of every prompt whether it asks for invention or for facts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape (batch, seq)): as the chat template writes prompts; of more than
+                1,024 tokens the last ones are read.
+            attention_mask (`torch.Tensor` of shape (batch, seq), *optional*): 0 for padding.
+
+        Raises:
+            ValueError: if the model has no task router.
+        """
+        if self.task_router is None:
+            raise ValueError(
+                "This model has no task router: choose a mode yourself, or train one with "
+                "`python -m duet_moe.finetune.router`."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = input_ids[:, -LONGEST:], attention_mask[:, -LONGEST:]
+        return self.task_router.route(self.task_router(self.prompt_states(input_ids, attention_mask), attention_mask))
