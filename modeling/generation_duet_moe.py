@@ -39,19 +39,20 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, modes: list[Mode], seeds: list[int]):
-        self.modes = modes
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.warpers = [_warpers(mode) for mode in modes]
+        self.groups = {mode: [row for row, other in enumerate(modes) if other == mode] for mode in modes}
+        self.warpers = {mode: _warpers(mode) for mode in self.groups}
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        rows = []
-        for row, mode in enumerate(self.modes):
-            row_scores = self.warpers[row](input_ids[row : row + 1], scores[row : row + 1])
+        warped = torch.empty_like(scores)
+        for mode, rows in self.groups.items():
+            group = self.warpers[mode](input_ids[rows], scores[rows])
             if mode.do_sample:
-                uniform = torch.rand(row_scores.shape, generator=self.generators[row]).to(scores.device)
-                row_scores = row_scores - (-uniform.clamp(min=1e-20).log()).log()
-            rows.append(row_scores)
-        return torch.cat(rows)
+                draws = [torch.rand(group.shape[1:], generator=self.generators[row]) for row in rows]
+                uniform = torch.stack(draws).to(scores.device)
+                group = group - (-uniform.clamp(min=1e-20).log()).log()
+            warped[rows] = group
+        return warped
 
 
 def _warpers(mode: Mode) -> LogitsProcessorList:
