@@ -1,8 +1,9 @@
 """Modes: named ways to join the two heads and to sample, saved in `generation_config.json`.
 
-`factual` answers greedily from the coherence head; `creative` samples from the diversity head among the tokens that
-the coherence head finds plausible; `hybrid` samples from both, weighed at every token by the model's gate, or from
-their geometric mix where a model has no gate. Users add their own with `Mode(...)`.
+`factual` answers greedily from the coherence head; `creative` samples at a high temperature from the geometric mix,
+which leans to the diversity head, among the tokens that the coherence head finds plausible; `hybrid` samples from both,
+weighed at every token by the model's gate, or from their geometric mix where a model has no gate. Users add their own
+with `Mode(...)`.
 This file travels inside saved checkpoints, so it imports only the standard library.
 """
 
@@ -95,10 +96,13 @@ BUILT_IN_MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         Mode("factual", head_mix=0.0),
-        Mode("creative", head_mix=1.0, plausible_min=0.02, do_sample=True, temperature=0.8, min_p=0.05),
+        Mode("creative", head_mix=0.7, plausible_min=0.05, do_sample=True, temperature=1.5, min_p=0.1),
         Mode("hybrid", head_mix=0.5, gated=True, do_sample=True, temperature=0.7, min_p=0.05),
     )
 }
+
+# What `creative` is while a voice speaks: rule R1 and the mix ask the coherence head, which never heard of the voice.
+VOICED = Mode("creative", head_mix=1.0, do_sample=True, temperature=0.8, min_p=0.05)
 
 
 def read_modes(saved: dict[str, dict] | None) -> dict[str, Mode]:

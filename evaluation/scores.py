@@ -6,7 +6,7 @@ Answers without a word are counted as `empty` and kept out of every metric of te
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from duet_moe.evaluation.choice import exact_match
 from duet_moe.evaluation.compression import compression_ratio
 from duet_moe.evaluation.consistency import style_consistency
 from duet_moe.evaluation.cost import price_per_million
-from duet_moe.evaluation.semantic import dispersion, vendi
+from duet_moe.evaluation.semantic import dispersion, obedience, vendi
 from duet_moe.finetune.leaks import normalise
 from duet_moe.finetune.lexical import distinct_n, repetition, self_bleu
 
@@ -83,12 +83,14 @@ class Answers:
 
     Args:
         rows (`Sequence[dict]`): lines of `results.jsonl`. gold (`str`, *optional*): the right answer.
+        asked (`tuple[str, ...]`): every prompt of the task.
     """
 
     prompt: str
     rows: Sequence[Mapping]
     gold: str | None = None
     judges: Judges = Judges()
+    asked: tuple[str, ...] = ()
 
     @cached_property
     def texts(self) -> list[str]:
@@ -168,6 +170,18 @@ def _bits(answers: Answers) -> float:
     return float(answers.judges.evaluator.bits_per_character(answers.spoken, prompts).mean())  # type: ignore[union-attr]
 
 
+def _obedience(answers: Answers) -> float | None:
+    if len(answers.asked) < 2:
+        return None
+    prompts = _embedded(answers.judges.encoder, answers.asked)  # type: ignore[arg-type]
+    return obedience(answers.embeddings, prompts, answers.asked.index(answers.prompt))
+
+
+@lru_cache(maxsize=8)
+def _embedded(encoder: Embeds, prompts: tuple[str, ...]) -> np.ndarray:
+    return encoder.embed(prompts)
+
+
 def _consistency(answers: Answers) -> float | None:
     long = [text for text in answers.spoken if len(text.split()) >= 2 * STYLE_WINDOW]
     return statistics.fmean(style_consistency(text, STYLE_WINDOW) for text in long) if long else None
@@ -206,6 +220,7 @@ METRICS: dict[str, Metric] = {
     "compression_ratio": Metric(lambda answers: compression_ratio(answers.spoken)),
     "vendi": Metric(lambda answers: vendi(answers.embeddings), "encoder"),
     "dispersion": Metric(lambda answers: dispersion(answers.embeddings), "encoder"),
+    "obedience": Metric(_obedience, "encoder"),
     "repetition": Metric(_each(repetition)),
     "bits_per_character": Metric(_bits, "evaluator"),
     "unseen_5grams": Metric(lambda answers: _each(answers.judges.training.unseen_share)(answers), "training"),  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""Semantic diversity of a set of texts, from their embeddings: what differs in meaning, not in wording.
+"""What embeddings tell of a set of texts: how far they differ in meaning, and whether they keep to their prompt.
 
-Both measures see only the angles between embeddings, so the encoder's scale does not matter. They can disagree: noise
-texts look alike to an encoder, so read them beside the lexical measures of `duet_moe.finetune.lexical`.
+The measures see only the angles between embeddings, so the encoder's scale does not matter. They can disagree: noise
+texts look alike to an encoder, so read diversity beside the lexical measures of `duet_moe.finetune.lexical`.
 """
 
 import numpy as np
@@ -48,6 +48,27 @@ def dispersion(embeddings: np.ndarray) -> float:
     # The squared norm of the sum is the sum of all similarities, those of every row with itself included.
     similarity = (np.square(rows.sum(axis=0)).sum() - count) / (count * (count - 1))
     return max(0.0, float(1 - similarity))  # rounding may leave equal samples a hair below 0
+
+
+def obedience(texts: np.ndarray, prompts: np.ndarray, own: int) -> float:
+    """Return how much nearer texts lie to the prompt that they answer than to other prompts.
+
+    It is the mean cosine similarity with their own prompt, less that with all the others: the true prompt's score
+    against that of shuffled ones.
+
+    Args:
+        texts, prompts: embeddings (samples, dim) and (prompts, dim). own: which of the prompts they answer.
+
+    Returns:
+        From -2 to 2; 0 where the texts have nothing to do with their prompt in particular.
+
+    Raises:
+        ValueError: there is no other prompt, or `own` is none of them, or as `vendi`.
+    """
+    similarity = (unit_rows(texts) @ unit_rows(prompts).T).mean(axis=0)
+    if len(similarity) < 2 or not 0 <= own < len(similarity):
+        raise ValueError(f"own={own} of {len(similarity)} prompts: give two or more, and which one was answered.")
+    return float(similarity[own] - np.delete(similarity, own).mean())
 
 
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:

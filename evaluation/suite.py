@@ -205,7 +205,7 @@ def _groups(task: Task, name: str, done: Mapping[Key, dict], judges: Judges) -> 
         keys = [(name, task.name, index, sample) for sample in range(task.samples)]
         gold = task.answers[index] if task.answers else None
         rows = [done[key] for key in keys if key in done]
-        groups += [Answers(prompt, rows, gold, judges)] if rows else []
+        groups += [Answers(prompt, rows, gold, judges, tuple(task.prompts))] if rows else []
     return groups
 
 

@@ -33,11 +33,13 @@ class Plan:
     Args:
         families (`dict[str, dict[str, Mode]]`): modes by setting by family; the first family is the baseline.
         axes (`tuple[str, ...]`): metrics of diversity. quality (`str`): a metric of which less is better.
+        beside (`tuple[str, ...]`): metrics that the table has too.
     """
 
     families: Mapping[str, Mapping[str, Mode]]
     axes: tuple[str, ...]
     quality: str
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def read_plan(modes: Mapping[str, Mode], path: str | Path = PLAN) -> Plan:
         one, families = entry["baseline"], {}
         families[BASELINE] = {
             f"{head} T={temperature:g} {name}": Mode(
-                "sampled", head_mix=mix, do_sample=True, temperature=temperature, **truncation
+                "sampled", head_mix=mix, do_sample=True, **truncation | {"temperature": temperature}
             )
             for head, mix in one["heads"].items()
             for name, truncation in one["truncation"].items()
-            for temperature in one["temperature"]
+            for temperature in truncation["temperature"]
         }
         for arm, settings in entry["arms"].items():
             changes = {name: value for name, value in settings.items() if name not in ("mode", "temperature")}
@@ -79,7 +81,7 @@ def read_plan(modes: Mapping[str, Mode], path: str | Path = PLAN) -> Plan:
                 f"{arm} T={temperature:g}": replace(modes[settings["mode"]], temperature=temperature, **changes)
                 for temperature in settings["temperature"]
             }
-        return Plan(families, tuple(entry["axes"]), entry["quality"])
+        return Plan(families, tuple(entry["axes"]), entry["quality"], tuple(entry.get("beside", ())))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no plan of a frontier: {error}; modes are {sorted(modes)}.") from error
 
@@ -129,7 +131,7 @@ def sweep(
         family: Points(
             tuple(settings),
             -np.stack([means[setting, plan.quality][answered] for setting in settings]),
-            {axis: np.stack([means[setting, axis][answered] for setting in settings]) for axis in plan.axes},
+            {name: np.stack([means[setting, name][answered] for setting in settings]) for name in _told(plan)},
         )
         for family, settings in plan.families.items()
     }
@@ -141,9 +143,13 @@ def sweep(
     return Outcome(points, differences, int((~answered).sum()))
 
 
+def _told(plan: Plan) -> tuple[str, ...]:
+    return (*plan.axes, *plan.beside)
+
+
 def _read(scores: Path, plan: Plan) -> dict[tuple[str, str], np.ndarray]:
     """Return the values (prompts,) by setting and metric, NaN where one could not be told."""
-    wanted = {*plan.axes, plan.quality}
+    wanted = {*_told(plan), plan.quality}
     entries = json.loads(scores.read_text(encoding="utf-8"))
     table = {
         (entry["contestant"], entry["metric"]): np.array(entry["values"], dtype=float)
@@ -168,13 +174,14 @@ def write_outcome(outcome: Outcome, plan: Plan, out: str | Path, prompts: str) -
         "| | " + " | ".join(plan.axes) + " | better? |",
         "|---|" + "---:|" * len(plan.axes) + "---|",
     ]
-    for arm, told in outcome.differences.items():
-        cells = [_shown(told[axis]) for axis in plan.axes]
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {'yes' if may_claim_better(told) else 'no'} |")
-    lines += ["", "| setting | bits | " + " | ".join(plan.axes) + " |", "|---|---:|" + "---:|" * len(plan.axes)]
+    for arm, found in outcome.differences.items():
+        cells = [_shown(found[axis]) for axis in plan.axes]
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {'yes' if may_claim_better(found) else 'no'} |")
+    told = _told(plan)
+    lines += ["", "| setting | bits | " + " | ".join(told) + " |", "|---|---:|" + "---:|" * len(told)]
     for own in outcome.points.values():
         for row, setting in enumerate(own.settings):
-            figures = [-own.quality[row].mean(), *(own.diversity[axis][row].mean() for axis in plan.axes)]
+            figures = [-own.quality[row].mean(), *(own.diversity[name][row].mean() for name in told)]
             lines.append(f"| {setting} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
     for axis in plan.axes:
         _plot(outcome, axis, folder / f"{axis}.svg")

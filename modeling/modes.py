@@ -3,6 +3,7 @@
 from duet_moe.configuration.modes import (
     AUTO,
     BUILT_IN_MODES,
+    VOICED,
     Mode,
     NotInThisVersionError,
     modes_as_dict,

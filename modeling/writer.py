@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
-from duet_moe.configuration.modes import AUTO, Mode, NotInThisVersionError, read_modes, resolve_mode
+from duet_moe.configuration.modes import AUTO, VOICED, Mode, NotInThisVersionError, read_modes, resolve_mode
 from duet_moe.modeling.answer import Answer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
@@ -110,8 +110,8 @@ class Writer:
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
             voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
-                the writer's own voice when not given. With a voice, rule R1 is off unless
-                `plausible_min` is given, and no plan is drawn.
+                the writer's own voice when not given. A voice speaks from the diversity head alone in `creative`;
+                in other modes rule R1 is off unless `plausible_min` is given, and no plan is drawn.
             generate_kwargs: what `model.generate` takes, such as `temperature`, `head_mix`, `num_experts_per_tok`;
                 `plan` may also be a text that sets the theme, and an empty text is no plan.
 
@@ -258,6 +258,14 @@ class Writer:
         mode = mode or self.model.config.default_mode
         return self._mode(self.route(prompt).mode if mode == AUTO else mode)
 
+    def _voiced(self, mode: Mode) -> Mode:
+        """Return the mode as a voice speaks in it: no rule that asks the coherence head, and no plan."""
+        creative = self.modes["creative"]
+        if mode.name != creative.name:
+            return replace(mode, plausible_min=0.0, draw_plan=False)
+        own = {name: value for name, value in asdict(mode).items() if value != getattr(creative, name)}
+        return replace(VOICED, **own)
+
     def _voices(self, voice: str | Path | Sequence[str | Path | None] | None, rows: int) -> list[str | None]:
         given = [voice] * rows if voice is None or isinstance(voice, str | Path) else list(voice)
         if len(given) != rows:
@@ -295,11 +303,7 @@ class Writer:
         voices = self._voices(voice, len(prompts))
         if isinstance(generate_kwargs.get("plan"), str):
             generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
-        # rule R1 asks the coherence head, which has never heard of the voice; and the voice has never heard of plans
-        chosen = [
-            replace(mode, plausible_min=0.0, draw_plan=False) if named else mode
-            for mode, named in zip(chosen, voices, strict=True)
-        ]
+        chosen = [self._voiced(mode) if named else mode for mode, named in zip(chosen, voices, strict=True)]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named, route=route))
