@@ -2,10 +2,10 @@
 
     python benchmarks/brainstorm.py --evaluator runs/evaluator
 
-Eight answers to each of the 24 prompts of the `creative` task, in three ways: the creative mode with eight seeds, with
-eight plans drawn by those seeds, and with eight plans spread out, as `Writer.brainstorm` does. Reported are Vendi score
-and dispersion per prompt under the encoder of `duet eval`, and bits per character under an independent evaluator, with
-paired 95% intervals over prompts against seeds alone.
+Eight answers to each of the 24 prompts of the `creative` task, in three ways: the creative mode with eight seeds,
+with eight plans drawn by those seeds, and with eight plans spread out, as `Writer.brainstorm` does. Reported are
+Vendi score and dispersion per prompt under the encoder of `duet eval`, and bits per character under an independent
+evaluator, with paired 95% intervals over prompts against seeds alone.
 """
 
 import argparse

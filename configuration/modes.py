@@ -2,8 +2,8 @@
 
 `factual` answers greedily from the coherence head; `creative` samples at a high temperature from the geometric mix,
 which leans to the diversity head, among the tokens that the coherence head finds plausible; `hybrid` samples from
-both, weighed at every token by the model's gate, or from their geometric mix where a model has no gate. Users add their
-own with `Mode(...)`.
+both, weighed at every token by the model's gate, or from their geometric mix where a model has no gate. Users add
+their own with `Mode(...)`.
 This file travels inside saved checkpoints, so it imports only the standard library.
 """
 
