@@ -95,7 +95,6 @@ def train_router(
     misleads = np.array([prompt.misleads for prompt in prompts])
     hard, plain = (np.flatnonzero((parts == "train") & (misleads == kind)) for kind in (True, False))
     generator = np.random.default_rng(settings.seed)
-    torch.manual_seed(settings.seed)
     router.train()
     optimizer = torch.optim.AdamW(router.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     batches = [batch for _ in range(settings.epochs) for batch in _epoch(hard, plain, states, settings, generator)]
@@ -108,7 +107,7 @@ def train_router(
             loss.backward()
             optimizer.step()
             progress.update(step + 1, {"loss": loss.item()})
-    router.eval()
+    router.eval().bfloat16().float()  # judged as it is saved
     picks = np.flatnonzero(parts == "calibration")
     _calibrate(router, log_odds(router, states, picks), labels[picks].bool().numpy(), misleads[picks])
 
@@ -148,6 +147,8 @@ def _calibrate(router: DuetMoeTaskRouter, odds: torch.Tensor, creative: np.ndarr
     slope, offset = router.calibration
     probabilities = (slope * odds + offset).sigmoid().numpy()
     router.thresholds.copy_(torch.tensor(choose_thresholds(probabilities, creative, misleads)))
+    for values in (router.calibration, router.thresholds):
+        values.copy_(values.bfloat16())
 
 
 def route_model(
@@ -168,6 +169,7 @@ def route_model(
     prompts = read_prompts(content, data)
     settings = RouterSettings(**content["training"])
     model.config.task_router_size = settings.width
+    torch.manual_seed(settings.seed)  # the router begins with random numbers
     model.task_router = DuetMoeTaskRouter(model.config)
     states = PromptStates(writer, [prompt.text for prompt in prompts], show)
     train_router(model.task_router, states, prompts, settings, show)
