@@ -143,12 +143,10 @@ def _calibrate(router: DuetMoeTaskRouter, odds: torch.Tensor, creative: np.ndarr
     from sklearn.linear_model import LogisticRegression
 
     fit = LogisticRegression(C=1e6).fit(odds[:, None].numpy(), creative)
-    router.calibration.copy_(torch.tensor([fit.coef_[0, 0], fit.intercept_[0]]))
+    router.calibration.copy_(torch.tensor([fit.coef_[0, 0], fit.intercept_[0]]).bfloat16())
     slope, offset = router.calibration
     probabilities = (slope * odds + offset).sigmoid().numpy()
-    router.thresholds.copy_(torch.tensor(choose_thresholds(probabilities, creative, misleads)))
-    for values in (router.calibration, router.thresholds):
-        values.copy_(values.bfloat16())
+    router.thresholds.copy_(torch.tensor(choose_thresholds(probabilities, creative, misleads)).bfloat16())
 
 
 def route_model(
