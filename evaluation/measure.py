@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from duet_moe.configuration.modes import BUILT_IN_MODES, Mode
@@ -47,9 +47,16 @@ def _scored_bytes(store: TokenStore, writer: Writer, documents: int, max_tokens:
 
 
 def fact_accuracy(
-    writer: Writer, facts: Source, root: str | Path, limit: int = 1000, seed: int = 0
+    writer: Writer,
+    facts: Source,
+    root: str | Path,
+    limit: int = 1000,
+    seed: int = 0,
+    modes: Mapping[str, str | Mode] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the share of right answers by mode, on held-out wordings and on templates that training never has.
+
+    `modes` are factual and creative where none are given; the table has the names that they have there.
 
     An answer is right when the normalised gold answer stands in it as whole words. `limit` questions are asked of each
     kind, spread evenly.
@@ -65,10 +72,10 @@ def fact_accuracy(
         step = max(1, len(questions) // limit)
         asked = questions[::step][:limit]
         scores[name] = {"questions": float(len(asked))}
-        for mode in ("factual", "creative"):
+        for key, mode in (modes or {"factual": "factual", "creative": "creative"}).items():
             answers = _answer([q.prompt or "" for q in asked], writer, mode, 32, seed)
             right = [is_right(a.text, q.meta["answer"]) for a, q in zip(answers, asked, strict=True)]
-            scores[name][mode] = sum(right) / len(right)
+            scores[name][key] = sum(right) / len(right)
     return scores
 
 
