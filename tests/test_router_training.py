@@ -1,6 +1,7 @@
 """Training a task router: it learns what decides, its figures are what a hand computes, and no test is trained on."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,24 +111,48 @@ def test_calibration_is_finite_and_good_where_all_is_told_apart(
     assert calibration_error(log_odds(learnt, states, picks).sigmoid().numpy(), CREATIVE[picks]) < 0.1
 
 
-def test_calibration_mends_probabilities_that_are_too_sure(states: PromptStates) -> None:
-    class TooSure(DuetMoeTaskRouter):
-        """Log-odds of plus or minus 8, by a mark in the states, wrong for every tenth prompt."""
+class Marked(DuetMoeTaskRouter):
+    """A router whose log-odds are the first number of a prompt's states."""
 
-        def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            slope, offset = self.calibration
-            return slope * (8 * states[:, 0, 0]) + offset + 0 * self.output.bias
+    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        slope, offset = self.calibration
+        return slope * states[:, 0, 0] + offset + 0 * self.output.bias
 
-    marks = [1.0 if CREATIVE[index] != (index % 20 < 2) else -1.0 for index in range(len(PROMPTS))]
-    marked = PromptStates.__new__(PromptStates)
-    marked.items = [torch.full((1, 3), mark) for mark in marks]
-    router = TooSure(routed_writer().model.config)
-    train_router(router, marked, PROMPTS, RouterSettings(width=16, epochs=1), show=False)
-    picks = np.flatnonzero(PARTS == "calibration")
-    wrong = np.mean([(marks[index] > 0) != CREATIVE[index] for index in picks])
-    sure = log_odds(router, marked, picks).sigmoid().numpy()
-    assert wrong == pytest.approx(0.1) and sure.max() == pytest.approx(0.9, abs=0.03)
-    assert calibration_error(sure, CREATIVE[picks]) < 0.03
+
+def calibrated(odds: Sequence[float], prompts: Sequence[Prompt]) -> tuple[DuetMoeTaskRouter, torch.Tensor]:
+    """Return a router of these log-odds once it is calibrated, and what it then says of the calibration prompts."""
+    states = PromptStates.__new__(PromptStates)
+    states.items = [torch.full((1, 3), float(each)) for each in odds]
+    router = Marked(routed_writer().model.config)
+    train_router(router, states, prompts, RouterSettings(width=16, epochs=1), show=False)
+    picks = [index for index, prompt in enumerate(prompts) if prompt.part == "calibration"]
+    return router, log_odds(router, states, picks)
+
+
+def test_calibration_mends_probabilities_that_are_too_sure() -> None:
+    wrong = [index % 20 < 2 for index in range(len(PROMPTS))]  # every tenth
+    odds = [8.0 if kind != mistaken else -8.0 for kind, mistaken in zip(CREATIVE, wrong, strict=True)]
+    _, said = calibrated(odds, PROMPTS)
+    sure = said.sigmoid().numpy()
+    assert sure.max() == pytest.approx(0.9, abs=0.03) and sure.min() == pytest.approx(0.1, abs=0.03)
+    assert calibration_error(sure, CREATIVE[PARTS == "calibration"]) < 0.03
+
+
+def test_calibration_is_never_surer_than_the_number_of_prompts_allows() -> None:
+    _, said = calibrated(np.where(CREATIVE, 8.0, -8.0).tolist(), PROMPTS)
+    assert said.sigmoid().max() == pytest.approx(41 / 42, abs=1e-3)  # Platt's target of 40 creative prompts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_errors_stay_rare_where_the_kinds_overlap_and_thresholds_are_rounded(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    prompts = [*cases("train", 20, 0), *cases("calibration", 100, 1)]
+    creative = np.array([prompt.creative for prompt in prompts])
+    router, said = calibrated((generator.normal(size=120) * 3 + np.where(creative, 2, -2)).tolist(), prompts)
+    modes = np.array([route.mode for route in router.bfloat16().route(said)])
+    assert not (modes[~creative[20:]] == "creative").any()  # of 50 prompts, one would be 2 percent
+    assert (modes[creative[20:]] == "factual").mean() <= 0.02
+    assert (modes == "hybrid").any()
 
 
 def test_thresholds_keep_the_errors_rare_on_calibration_prompts_also_when_they_are_saved_as_bfloat16(
@@ -205,10 +230,10 @@ def test_thresholds_keep_both_errors_as_rare_as_asked(
 
 
 def test_calibration_error_by_hand() -> None:
-    probabilities = np.array([0.05, 0.05, 0.75, 0.75, 0.72, 1.0])
-    creative = np.array([False, True, True, True, False, True])
-    # bins: two of mean 0.05, half creative; three of mean 0.74, two thirds creative; one of 1.0, creative
-    expected = 2 / 6 * 0.45 + 3 / 6 * abs(0.74 - 2 / 3) + 0.0
+    probabilities = np.array([0.05, 0.05, 0.75, 0.75, 0.72, 0.95, 1.0])
+    creative = np.array([False, True, True, True, False, True, False])
+    # bins: two of mean 0.05, three of mean 0.74, two of mean 0.975, of which a half, two thirds, a half are creative
+    expected = 2 / 7 * 0.45 + 3 / 7 * abs(0.74 - 2 / 3) + 2 / 7 * 0.475
     assert calibration_error(probabilities, creative) == pytest.approx(expected)
 
 

@@ -98,7 +98,8 @@ def test_padding_on_either_side_or_none_gives_equal_log_odds(routed: DuetMoeForC
     # the router itself takes states with padding on the right too, as it meets them in training
     states = [routed.prompt_states(row[None])[0][0] for row in rows]
     mask = pad_rows(rows, "right")[1]
-    padded = nn.utils.rnn.pad_sequence(states, batch_first=True, padding_value=1e4)
+    padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
+    padded = torch.where(mask.bool()[..., None], padded, 1e4 * torch.randn_like(padded))
     with torch.no_grad():
         torch.testing.assert_close(routed.task_router(padded, mask), alone, rtol=0, atol=1e-4)
 
