@@ -141,7 +141,9 @@ class DuetMoeGenerationMixin(GenerationMixin):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def _routed(self, mode: str | list[str | Mode], inputs: torch.Tensor | None, kwargs: dict) -> list[str | Mode]:
+    def _routed(
+        self, mode: str | Mode | list[str | Mode], inputs: torch.Tensor | None, kwargs: dict
+    ) -> list[str | Mode]:
         """Return one mode per row, the router's where it says "auto"."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_duet_moe import DuetMoeConfig
+from .trunk import DuetMoeModel
 
 DEPTHS = 5  # of the trunk that are read, the embeddings and the last layer among them
 POOLS = 4
@@ -97,6 +98,9 @@ class DuetMoeTaskRouter(nn.Module):
 class DuetMoeRoutingMixin:
     """Lets a model say what kind of task a prompt is."""
 
+    model: DuetMoeModel
+    task_router: DuetMoeTaskRouter
+
     @torch.no_grad()
     def prompt_states(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
@@ -115,8 +119,8 @@ class DuetMoeRoutingMixin:
         if not kept.any(dim=1).all():
             raise ValueError("A prompt has no tokens: there is nothing to choose a mode by.")
         order = kept.argsort(dim=1, stable=True)[:, -LONGEST:]  # padding first, so that the end of every row is kept
-        input_ids, kept = input_ids.gather(1, order), kept.gather(1, order)
-        states = self.model(input_ids, kept, use_cache=False, output_hidden_states=True).hidden_states
+        kept = kept.gather(1, order)
+        states = self.model(input_ids.gather(1, order), kept, use_cache=False, output_hidden_states=True).hidden_states
         # layers may be on several devices
         read = [states[depth].to(states[-1].device) for depth in self.task_router.depths]
         return torch.cat(read, dim=-1), kept
