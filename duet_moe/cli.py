@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     write = _command(commands, "write", "answer a prompt", _write)
     _add_prompt(write)
-    write.add_argument("--mode", help="factual, creative or hybrid (the model's default mode)")
+    write.add_argument("--mode", help="factual, creative, hybrid or auto (the model's default mode)")
 
     compare = _command(commands, "compare", "answer a prompt in two modes, side by side", _compare)
     _add_prompt(compare)

@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from duet_moe.configuration.modes import Mode
+from duet_moe.configuration.modes import AUTO, Mode
 from duet_moe.evaluation.causal import Causal, fingerprint, load_one, log_likelihood
 from duet_moe.evaluation.endpoint import Endpoint
 from duet_moe.evaluation.timing import Timing, peak_memory_bytes, reset_peak_memory
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.footprint import bytes_by_group
 from duet_moe.modeling.info import parameter_counts
+from duet_moe.modeling.task_router import ROUTED
 from duet_moe.modeling.voice_files import voice_folder
 from duet_moe.modeling.writer import BASE, Writer
 
@@ -150,19 +151,30 @@ class Duet:
         return Timing(len(text.tokens), text.time_to_first_token, text.tokens_per_second, peak)
 
     def weights(self) -> dict[str, float]:
-        """Return `active_parameters`, with both heads where the mode uses both, and `weight_bytes`."""
-        model, mode = self.writer.model, self._mode()
-        plausible = mode.head_mix > 0.0 and mode.plausible_min > 0.0 and self.voice is None  # rule R1 asks both heads
-        both = plausible or mode.gated or 0.0 < mode.head_mix < 1.0
-        counts = parameter_counts(model, mode.num_experts_per_tok)
+        """Return `active_parameters`, with both heads where the mode uses both, and `weight_bytes`.
+
+        In the mode "auto" they are those of the costliest mode that the task router may choose.
+        """
+        model = self.writer.model
+        chosen = [self._mode(name) for name in ROUTED] if self._asked() == AUTO else [self._mode(self._asked())]
         return {
-            "active_parameters": float(counts["active_both_heads" if both else "active"]),
+            "active_parameters": float(max(self._active_parameters(mode) for mode in chosen)),
             "weight_bytes": float(bytes_by_group(model)["total"]),
         }
 
+    def _active_parameters(self, mode: Mode) -> int:
+        plausible = mode.head_mix > 0.0 and mode.plausible_min > 0.0 and self.voice is None  # rule R1 asks both heads
+        both = plausible or mode.gated or 0.0 < mode.head_mix < 1.0
+        counts = parameter_counts(self.writer.model, mode.num_experts_per_tok)
+        return counts["active_both_heads" if both else "active"]
+
     def log_likelihood(self, prompt: str, answer: str) -> float:
-        """Score under the mode's mix of heads and experts; decode rules, which forbid words, are left out."""
-        writer, mode = self.writer, self._mode()
+        """Score under the mode's mix of heads and experts; decode rules, which forbid words, are left out.
+
+        The mode "auto" is what the task router makes of the prompt.
+        """
+        writer, asked = self.writer, self._asked()
+        mode = self._mode(writer.route(prompt).mode if asked == AUTO else asked)
         names = ("head_mix", "gated", "num_experts_per_tok")
         settings: dict[str, Any] = {name: getattr(mode, name) for name in names}
         if self.voice is not None:
@@ -175,6 +187,8 @@ class Duet:
         folders += [] if self.voice is None else [str(voice_folder(self.voice, self.store))]
         return fingerprint(folders)
 
-    def _mode(self) -> Mode:
-        model = self.writer.model
-        return model.resolved(self.mode or model.config.default_mode)
+    def _asked(self) -> str | Mode:
+        return self.mode or self.writer.model.config.default_mode
+
+    def _mode(self, mode: str | Mode) -> Mode:
+        return self.writer.model.resolved(mode)

@@ -28,7 +28,8 @@ class DuetMoeLM(HFLM):
 
     Args:
         pretrained (`str` or `DuetMoeForCausalLM`): name of a bundled model, folder, id of the Hub, or a model.
-        mode (`str`): `factual`, `creative`, `hybrid` or one that the checkpoint saves.
+        mode (`str`): `factual`, `creative`, `hybrid` or one that the checkpoint saves; not `auto`, because the harness
+            scores a prompt and its answer as one text.
         seed (`int`): the n-th text is drawn from a generator of seed + n, in whatever batches.
         kwargs: as for lm-eval's `hf`.
 

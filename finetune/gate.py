@@ -10,9 +10,7 @@ one to trust on new text (stacking, Wolpert 1992, https://doi.org/10.1016/S0893-
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
 from duet_moe.configuration.modes import modes_as_dict, read_modes
 from duet_moe.finetune.corpus import Document, Source, is_held_out, load_corpus, read_sources
 from duet_moe.finetune.gate_training import GateReport, GateSettings, Split, train_gate
+from duet_moe.finetune.publish import publish, refuse_existing
 from duet_moe.finetune.tokenizer import load_tokenizer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
@@ -82,19 +80,13 @@ def gate_checkpoint(
         FileExistsError: if `out` exists.
         ValueError: as in `train_gate`, or if the tokenizer is not one of ours.
     """
-    out, source = Path(out), locate(source)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name a new folder.")
+    out, source = refuse_existing(out), locate(source)
     tokenizer = load_tokenizer(source)
     model = DuetMoeForCausalLM.from_pretrained(source, dtype=torch.float32)
     report = train_gate(model, documents, tokenizer, cache, settings, show)
     modes = read_modes(getattr(model.generation_config, "modes", None))
     model.generation_config.modes = modes_as_dict(modes | {"hybrid": replace(modes["hybrid"], gated=True)})
-    unfinished = out.with_name(f"unfinished-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.to(DuetMoeConfig.from_pretrained(source).dtype or torch.float32).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, out)
+    publish(model, tokenizer, source, out)
     return report
 
 

@@ -10,9 +10,7 @@ are of prose that the model has read once or twice; of texts that it knows by he
 import argparse
 import json
 import math
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -26,15 +24,15 @@ from duet_moe.finetune.corpus import Document, Source, load_corpus, load_source,
 from duet_moe.finetune.features import TrunkStates, trunk_states
 from duet_moe.finetune.leaks import normalise
 from duet_moe.finetune.objective import ChunkedCrossEntropy
-from duet_moe.finetune.pretrain import save_model
 from duet_moe.finetune.progress import Progress
+from duet_moe.finetune.publish import publish, refuse_existing
 from duet_moe.finetune.tokenizer import load_tokenizer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.heads import DuetMoeHead
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
 from duet_moe.modeling.plans import DuetMoePlanner
 
-SENTENCE_END = re.compile(r"(?<=[.!?\"])\s+")
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’]))(?=\s)""")
 PASSAGE = 150  # words
 WARMUP = 20  # steps
 
@@ -49,6 +47,9 @@ class PlanSettings:
         lr (`float`): AdamW's peak rate, a cosine to zero.
         noise (`float`): standard deviation of what is added to plans, whose axes have 1.
         dropout (`float`): share of passages that are shown no plan.
+
+    Raises:
+        ValueError: on a setting that cannot be.
     """
 
     passages: int = 4500
@@ -59,6 +60,16 @@ class PlanSettings:
     noise: float = 0.3
     dropout: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("passages", "bank", "steps", "positions"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} cannot be: give a whole number from 1 on.")
+        if not (self.lr > 0 and self.noise >= 0 and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"lr={self.lr}, noise={self.noise}, dropout={self.dropout} cannot be: lr must be above 0, noise 0 or "
+                "more, dropout from 0 to below 1."
+            )
 
 
 def passages(documents: Sequence[Document], count: int, seed: int) -> list[Document]:
@@ -73,7 +84,7 @@ def _cut(document: Document) -> Iterator[str]:
     for sentence in SENTENCE_END.split(document.response):
         piece.append(sentence)
         if sum(len(part.split()) for part in piece) >= PASSAGE:
-            yield " ".join(piece)
+            yield "".join(piece).strip()
             piece = []
 
 
@@ -83,18 +94,17 @@ def fit_planner(
 ) -> torch.Tensor:
     """Fill the planner's weights and axes from passages; return the passages' plans (passages, plan_size).
 
-    A token weighs log(passages / passages that have it); the axes are the principal ones of the passages' means.
+    A token weighs log(passages / (1 + passages that have it)), 0 where no passage has it; the axes are the principal
+    ones of the passages' means.
 
     Args:
         vectors (`torch.Tensor` of shape (vocab, hidden)): the coherence head's output matrix.
         special: ids of tokens that say nothing.
 
     Raises:
-        ValueError: if there are too few passages for as many axes.
+        ValueError: if the passages span too few axes.
     """
     size = len(planner.offset)
-    if len(states) <= size:
-        raise ValueError(f"{len(states)} passages do not span {size} axes: give more text.")
     seen = torch.zeros(len(vectors))
     for index in range(len(states)):
         seen[states[index]["shift_labels"].unique()] += 1
@@ -105,10 +115,12 @@ def fit_planner(
     means = torch.stack([weights[ids] @ vectors[ids].float() / weights[ids].sum().clamp(min=1e-6) for ids in labels])
     centre = means.mean(0)
     _, values, axes = torch.linalg.svd(means - centre, full_matrices=False)
+    if (spanned := int((values > 1e-5 * values[0]).sum())) < size:
+        raise ValueError(f"{len(states)} passages span {spanned} axes, and plans have {size}: give more text.")
     projection = axes[:size] / (values[:size, None] / math.sqrt(len(states)))
     planner.projection.copy_(projection)
     planner.offset.copy_(projection @ centre)
-    return (means - centre) @ projection.T
+    return torch.stack([planner.of_tokens(ids, vectors) for ids in labels])
 
 
 def train_plans(
@@ -118,7 +130,9 @@ def train_plans(
     torch.manual_seed(settings.seed)
     generator = np.random.default_rng(settings.seed)
     # the plan shifts states that are far from 1 in size, and AdamW's steps are not
-    size = float(torch.cat([states[index]["trunk_states"] for index in range(8)]).pow(2).mean().sqrt())
+    size = float(
+        torch.cat([states[index]["trunk_states"] for index in range(min(8, len(states)))]).pow(2).mean().sqrt()
+    )
     unit = torch.tensor([1.0, size]).repeat_interleave(head.plan_proj.out_features // 2)[:, None]
     learnt = (head.plan_proj.weight.detach() / unit).requires_grad_()
     optimizer = torch.optim.AdamW([learnt], lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.98))
@@ -189,29 +203,12 @@ def plan_model(
         FileExistsError: if `out` exists.
         OSError, ValueError: if the checkpoint or the texts cannot be used.
     """
-    settings, out = settings or PlanSettings(), Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name a new folder.")
+    settings, out = settings or PlanSettings(), refuse_existing(out)
     tokenizer = load_tokenizer(locate(checkpoint))
     model = DuetMoeForCausalLM.from_pretrained(locate(checkpoint), dtype=torch.float32).eval().requires_grad_(False)
     if not model.config.plan_size:
         raise ValueError(f"{checkpoint} has plan_size=0: its diversity head takes no plans.")
-    prose = [source for source in read_sources(recipe) if source.kind == "text" and source.head != "coherence"]
-    corpus = load_corpus(prose, data)
-    left_out = set() if without is None else {normalise(text) for text in _texts(without)}
-    sides = (
-        [
-            document
-            for split in corpus.values()
-            for document in split[side]
-            if normalise(document.response) not in left_out
-        ]
-        for side in (0, 1)
-    )
-    learnt, held = (
-        passages(documents, count, settings.seed)
-        for documents, count in zip(sides, (settings.passages, settings.passages // 20), strict=True)
-    )
+    learnt, held = _passages(recipe, data, without, settings)
     states, heldout = (trunk_states(model, texts, tokenizer, cache, show) for texts in (learnt, held))
     model.config.plan_bank_size = min(settings.bank, len(states))
     model.planner = DuetMoePlanner(model.config)
@@ -226,11 +223,28 @@ def plan_model(
         "held out": len(heldout),
         "nats": plan_losses(model.diversity_head, heldout, own),
     }
-    unfinished = out.with_name(f"unfinished-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(model, tokenizer, unfinished)
-    os.replace(unfinished, out)
+    publish(model, tokenizer, locate(checkpoint), out)
     return report
+
+
+def _passages(
+    recipe: str | Path, data: str | Path, without: str | Path | None, settings: PlanSettings
+) -> tuple[list[Document], list[Document]]:
+    """Return passages to learn from, and passages of held-out texts."""
+    prose = [source for source in read_sources(recipe) if source.kind == "text" and source.head != "coherence"]
+    corpus = load_corpus(prose, data)
+    left_out = set() if without is None else {normalise(text) for text in _texts(without)}
+    found = []
+    for side, count, least in ((0, settings.passages, 1), (1, max(2, settings.passages // 20), 2)):
+        documents = [document for split in corpus.values() for document in split[side]]
+        kept = [document for document in documents if normalise(document.response) not in left_out]
+        found.append(passages(kept, count, settings.seed))
+        if len(found[side]) < least:
+            raise ValueError(
+                f"{len(found[side])} passages of {PASSAGE} words {'to learn from' if side == 0 else 'are held out'}: "
+                f"recipe {str(recipe)!r} needs {least} or more, in sources of kind text for the diversity head."
+            )
+    return found[0], found[1]
 
 
 def _texts(folder: str | Path) -> list[str]:

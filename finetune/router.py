@@ -9,10 +9,8 @@ prompts that neither saw, beside a bag of words that learnt from the same prompt
 
 import argparse
 import json
-import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from duet_moe.finetune.pretrain import save_model
 from duet_moe.finetune.progress import Progress
+from duet_moe.finetune.publish import publish, refuse_existing
 from duet_moe.finetune.router_prompts import Prompt, read_prompt_recipe, read_prompts
 from duet_moe.finetune.router_report import choose_thresholds, report, show
 from duet_moe.finetune.tokenizer import load_tokenizer
@@ -41,6 +39,9 @@ class RouterSettings:
         width (`int`): of the router's inner layers.
         epochs (`int`): passes over the prompts that mislead, with as many others beside them, drawn anew each time.
         batch_size (`int`): prompts. lr, weight_decay (`float`): AdamW's; the rate falls to zero in a line.
+
+    Raises:
+        ValueError: on a setting that cannot be.
     """
 
     width: int = 192
@@ -49,6 +50,13 @@ class RouterSettings:
     lr: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "epochs", "batch_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} cannot be: give a whole number from 1 on.")
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise ValueError(f"lr={self.lr!r} must be above 0, weight_decay={self.weight_decay!r} not below it.")
 
 
 class PromptStates:
@@ -62,9 +70,8 @@ class PromptStates:
             for start in range(0, len(texts), 64):
                 picks = order[start : start + 64]
                 batch, _ = writer.encode([texts[index] for index in picks], 1)
-                states = writer.model.prompt_states(**batch).half()
-                for index, row, mask in zip(picks, states, batch["attention_mask"].bool(), strict=True):
-                    self.items[index] = row[mask].clone()
+                for index, row, mask in zip(picks, *writer.model.prompt_states(**batch), strict=True):
+                    self.items[index] = row[mask.bool()].half()
                 progress.update(start + len(picks), {})
 
     def batch(self, picks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +102,7 @@ def train_router(
     misleads = np.array([prompt.misleads for prompt in prompts])
     hard, plain = (np.flatnonzero((parts == "train") & (misleads == kind)) for kind in (True, False))
     generator = np.random.default_rng(settings.seed)
+    torch.manual_seed(settings.seed)  # of the dropout
     router.train()
     optimizer = torch.optim.AdamW(router.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     batches = [batch for _ in range(settings.epochs) for batch in _epoch(hard, plain, states, settings, generator)]
@@ -107,7 +115,7 @@ def train_router(
             loss.backward()
             optimizer.step()
             progress.update(step + 1, {"loss": loss.item()})
-    router.eval().bfloat16().float()  # judged as it is saved
+    router.eval().bfloat16().float()  # rounded as it may be saved, before it is calibrated
     picks = np.flatnonzero(parts == "calibration")
     _calibrate(router, log_odds(router, states, picks), labels[picks].bool().numpy(), misleads[picks])
 
@@ -139,14 +147,25 @@ def log_odds(router: DuetMoeTaskRouter, states: PromptStates, picks: Sequence[in
 
 @torch.no_grad()
 def _calibrate(router: DuetMoeTaskRouter, odds: torch.Tensor, creative: np.ndarray, misleads: np.ndarray) -> None:
-    """Fit slope and offset of the log-odds, and take the thresholds that keep both kinds of error rare."""
+    """Fit slope and offset of the log-odds, and take the thresholds that keep both kinds of error rare.
+
+    All are numbers that bfloat16 has, so that a model saved in half precision decides as it did here.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    fit = LogisticRegression(C=1e6).fit(odds[:, None].numpy(), creative)
+    # Platt's targets: not 1 and 0, which would drive the slope of a set that is told apart without error to infinity
+    count, total = creative.sum(), len(creative)
+    targets = np.where(creative, (count + 1) / (count + 2), 1 / (total - count + 2))
+    fit = LogisticRegression(C=1e6).fit(
+        odds[:, None].double().numpy().repeat(2, axis=0),
+        np.tile([True, False], total),
+        np.stack([targets, 1 - targets], axis=1).ravel(),
+    )
     router.calibration.copy_(torch.tensor([fit.coef_[0, 0], fit.intercept_[0]]).bfloat16())
     slope, offset = router.calibration
-    probabilities = (slope * odds + offset).sigmoid().numpy()
-    router.thresholds.copy_(torch.tensor(choose_thresholds(probabilities, creative, misleads)).bfloat16())
+    bounds = torch.tensor(choose_thresholds((slope * odds + offset).numpy(), creative, misleads))
+    outward = bounds + bounds.abs() * torch.tensor([-1.0, 1.0]) / 256  # by more than rounding can move them
+    router.thresholds.copy_(outward.bfloat16())
 
 
 def route_model(
@@ -158,26 +177,30 @@ def route_model(
         FileExistsError: if `out` exists.
         OSError, ValueError: if the checkpoint or the prompts cannot be used.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name a new folder.")
+    out = refuse_existing(out)
+    content = read_prompt_recipe(recipe)
+    settings = _settings(content["training"])
+    prompts = read_prompts(content, data)
     writer = Writer.load(checkpoint, dtype=torch.float32, device="cpu")
     model = writer.model
-    content = read_prompt_recipe(recipe)
-    prompts = read_prompts(content, data)
-    settings = RouterSettings(**content["training"])
     model.config.task_router_size = settings.width
-    torch.manual_seed(settings.seed)  # the router begins with random numbers
+    torch.manual_seed(settings.seed)
     model.task_router = DuetMoeTaskRouter(model.config)
     states = PromptStates(writer, [prompt.text for prompt in prompts], show)
     train_router(model.task_router, states, prompts, settings, show)
     odds = log_odds(model.task_router, states, range(len(prompts)))
-    figures = report(prompts, odds.sigmoid().numpy(), tuple(model.task_router.thresholds.tolist()))
-    unfinished = out.with_name(f"unfinished-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(model, load_tokenizer(locate(checkpoint)), unfinished)
-    os.replace(unfinished, out)
+    thresholds = model.task_router.thresholds.double().sigmoid().tolist()
+    figures = report(prompts, odds.double().sigmoid().numpy(), (thresholds[0], thresholds[1]))
+    publish(model, load_tokenizer(locate(checkpoint)), locate(checkpoint), out)
     return figures
+
+
+def _settings(training: Mapping) -> RouterSettings:
+    try:
+        return RouterSettings(**training)
+    except TypeError as error:
+        known = list(RouterSettings.__dataclass_fields__)
+        raise ValueError(f"The recipe's training is {training!r}: give numbers for some of {known}.") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

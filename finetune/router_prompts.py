@@ -59,11 +59,14 @@ def read_prompt_recipe(recipe: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has other parts.
+        ValueError: if it is no YAML or has other parts.
     """
     path = Path(recipe)
     path = path if path.suffix else RECIPES / f"{recipe}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict) or content.keys() != {"training", "prompts"} or not content["prompts"]:
         raise ValueError(f"{path} must have the parts training and prompts, and no others.")
     return content

@@ -7,7 +7,6 @@ import numpy as np
 from duet_moe.finetune.router_prompts import Prompt
 
 BINS = 10
-TESTS = ("held_out", "unseen", "hard")
 
 
 def report(prompts: Sequence[Prompt], probabilities: np.ndarray, thresholds: tuple[float, float]) -> dict:
@@ -18,7 +17,8 @@ def report(prompts: Sequence[Prompt], probabilities: np.ndarray, thresholds: tup
         thresholds: below the first a prompt is factual, from the second on creative.
 
     Returns:
-        By test (`held_out`, prompts of the sources trained on, those that mislead apart; `unseen` sources; `hard`):
+        `trained_on`, a number of prompts; `thresholds`; and `tests`, by test (prompts held out of the sources trained
+        on, those that mislead apart; other sources; hard ones) and by who answers:
         `prompts`, `accuracy` at one half, `calibration_error`, `false_creative`, the share of factual prompts sent to
         creative, `false_factual`, and `hybrid`, the share that neither threshold decides.
     """
@@ -55,7 +55,7 @@ def bag_of_words(prompts: Sequence[Prompt]) -> tuple[np.ndarray, tuple[float, fl
 
 
 def choose_thresholds(
-    probabilities: np.ndarray,
+    scores: np.ndarray,
     creative: np.ndarray,
     misleads: np.ndarray,
     false_creative: float = 0.01,
@@ -64,14 +64,21 @@ def choose_thresholds(
     """Return the thresholds that keep both kinds of error this rare, among prompts that mislead and among the others.
 
     Args:
-        probabilities, creative, misleads: (prompts,), float, bool, bool.
+        scores: probabilities or log-odds that prompts are creative, (prompts,).
+        creative, misleads (`np.ndarray` of bool): (prompts,).
     """
     sorts = [misleads == kind for kind in (True, False) if (misleads == kind).any()]
     upper = [
-        np.quantile(probabilities[sort & ~creative], 1 - false_creative) for sort in sorts if (sort & ~creative).any()
+        np.quantile(scores[sort & ~creative], 1 - false_creative, method="higher")
+        for sort in sorts
+        if (sort & ~creative).any()
     ]
-    lower = [np.quantile(probabilities[sort & creative], false_factual) for sort in sorts if (sort & creative).any()]
-    creative_from = float(np.nextafter(np.float32(max(upper)), np.float32(2)))  # what equals the quantile stays out
+    lower = [
+        np.quantile(scores[sort & creative], false_factual, method="lower")
+        for sort in sorts
+        if (sort & creative).any()
+    ]
+    creative_from = float(np.nextafter(np.float32(max(upper)), np.float32(np.inf)))  # what equals it stays out
     return min(float(min(lower)), creative_from), creative_from
 
 

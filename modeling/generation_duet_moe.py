@@ -100,8 +100,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if a mode or voice is not known, or `mode`/`seed`/`voice` have another length than the batch,
-                or `seed` meets beams or several continuations per prompt, or a mode is "auto" and the model has no
-                task router.
+                or `seed`, a list of modes or "auto" meets beams or several continuations per prompt, or a mode is
+                "auto" and the model has no task router or the call no `input_ids`.
             NotInThisVersionError: for `guardrails`.
         """
         if guardrails is not None:
@@ -142,14 +142,16 @@ class DuetMoeGenerationMixin(GenerationMixin):
             setattr(generation_config, name, kwargs.pop(name))
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def _routed(self, mode: str | list[str | Mode], inputs: torch.Tensor | None, kwargs: dict) -> list[str | Mode]:
+    def _routed(
+        self, mode: str | Mode | list[str | Mode], inputs: torch.Tensor | None, kwargs: dict
+    ) -> list[str | Mode]:
         """Return one mode per row, the router's where it says "auto"."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError('mode="auto" reads the prompt: give input_ids, or choose a mode yourself.')
-        modes = mode if isinstance(mode, list) else [mode] * len(input_ids)
+        modes = _per_row(mode, len(input_ids), "mode", self.generation_config)
         routes = self.route(input_ids, kwargs.get("attention_mask"))
-        return [route.mode if each == AUTO else each for each, route in zip(modes, routes, strict=False)]
+        return [route.mode if each == AUTO else each for each, route in zip(modes, routes, strict=True)]
 
     def resolved(self, mode: str | Mode, known: dict[str, dict] | None = None) -> Mode:
         """Return the mode as `resolve_mode` does, with its gate only where this model has one."""
@@ -178,7 +180,8 @@ class DuetMoeGenerationMixin(GenerationMixin):
         for name in ("num_beams", "num_return_sequences"):
             if (kwargs.get(name) or getattr(generation_config, name) or 1) != 1:
                 raise ValueError(
-                    f"seed= and a list of modes sample row by row, so {name} must be 1: repeat the prompt."
+                    f'seed=, mode="auto" and a list of modes sample row by row, so {name} must be 1: name one mode '
+                    "for all rows, or repeat the prompt."
                 )
         processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
         kwargs["logits_processor"] = LogitsProcessorList([*processors, RowSampler(modes, seeds)])

@@ -26,10 +26,8 @@ def parameter_counts(model: DuetMoeForCausalLM, num_experts_per_tok: int | None 
     }
     idle_experts = parts["experts"] * (config.num_local_experts - k) // config.num_local_experts
     gate = config.hidden_size + 1 if config.hybrid_gate else 0
-    reader = sum(p.numel() for name, p in whole.named_parameters() if name.startswith("task_router."))
-    both = (
-        parts["total"] - idle_experts - parts["embedding"] + config.hidden_size - reader
-    )  # which reads prompts alone
+    router = sum(p.numel() for name, p in whole.named_parameters() if name.startswith("task_router."))  # of prompts
+    both = parts["total"] - idle_experts - parts["embedding"] + config.hidden_size - router
     return parts | {"active": both - parts["diversity_head"] - gate, "active_both_heads": both}
 
 

@@ -32,10 +32,11 @@ class DuetMoePlanner(nn.Module):
         self.register_buffer("offset", torch.zeros(config.plan_size))
         self.register_buffer("bank", torch.zeros(config.plan_bank_size, config.plan_size))
 
-    def of_tokens(self, input_ids: torch.LongTensor, vectors: torch.Tensor) -> torch.Tensor:
+    def of_tokens(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Return the plan (plan_size,) of a text's tokens (seq,); zeros, no plan, where none of them says anything.
 
         Args:
+            input_ids (`torch.LongTensor` of shape (seq,)): the text.
             vectors (`torch.Tensor` of shape (vocab, hidden)): the coherence head's output matrix.
         """
         weights = self.token_weights[input_ids].float()

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_duet_moe import DuetMoeConfig
+from .trunk import DuetMoeModel
 
 DEPTHS = 5  # of the trunk that are read, the embeddings and the last layer among them
 POOLS = 4
 DROPOUT = 0.3
+ROUTED = ("factual", "hybrid", "creative")  # modes that are chosen from
 LONGEST = 1024  # tokens; of a longer prompt its end is read
 
 
@@ -41,7 +43,8 @@ class DuetMoeTaskRouter(nn.Module):
     """Maps the trunk's states of prompts to the log-odds that they ask for invention.
 
     Buffers, filled by training and saved with the model: `calibration` (2,), slope and offset of the log-odds (Platt
-    1999); `thresholds` (2,), the probability below which a prompt is factual and the one from which it is creative.
+    1999); `thresholds` (2,), the log-odds below which a prompt is factual and those from which on it is creative
+    (probabilities near 1 would all be 1 in half precision).
     """
 
     calibration: torch.Tensor
@@ -58,7 +61,7 @@ class DuetMoeTaskRouter(nn.Module):
         self.hidden = nn.Linear((POOLS + 2) * width, width)
         self.output = nn.Linear(width, 1)
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
-        self.register_buffer("thresholds", torch.tensor([0.5, 0.5]))
+        self.register_buffer("thresholds", torch.tensor([0.0, 0.0]))
 
     def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the log-odds (batch,), float32.
@@ -83,8 +86,8 @@ class DuetMoeTaskRouter(nn.Module):
         """Turn log-odds (batch,) into modes."""
         factual_below, creative_from = self.thresholds.tolist()
         routes = []
-        for probability in log_odds.sigmoid().tolist():
-            sure = "factual" if probability < factual_below else "creative" if probability >= creative_from else None
+        for odds, probability in zip(log_odds.tolist(), log_odds.sigmoid().tolist(), strict=True):
+            sure = "factual" if odds < factual_below else "creative" if odds >= creative_from else None
             routes.append(Route(sure or "hybrid", probability))
         return routes
 
@@ -95,11 +98,32 @@ class DuetMoeTaskRouter(nn.Module):
 class DuetMoeRoutingMixin:
     """Lets a model say what kind of task a prompt is."""
 
+    model: DuetMoeModel
+    task_router: DuetMoeTaskRouter
+
     @torch.no_grad()
-    def prompt_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return what the router reads of prompts (batch, seq): (batch, seq, depths * hidden)."""
-        states = self.model(input_ids, attention_mask, use_cache=False, output_hidden_states=True).hidden_states
-        return torch.cat([states[depth] for depth in self.task_router.depths], dim=-1)
+    def prompt_states(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the router reads of prompts, as arguments of its `forward`; arguments and errors as in `route`.
+
+        Returns:
+            states (batch, seq, depths * hidden) and their mask (batch, seq), with padding on the left.
+        """
+        if self.task_router is None:
+            raise ValueError(
+                "This model has no task router: choose a mode yourself, or train one with "
+                "`python -m duet_moe.finetune.router`."
+            )
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
+        if not kept.any(dim=1).all():
+            raise ValueError("A prompt has no tokens: there is nothing to choose a mode by.")
+        order = kept.argsort(dim=1, stable=True)[:, -LONGEST:]  # padding first, so that the end of every row is kept
+        kept = kept.gather(1, order)
+        states = self.model(input_ids.gather(1, order), kept, use_cache=False, output_hidden_states=True).hidden_states
+        # layers may be on several devices
+        read = [states[depth].to(states[-1].device) for depth in self.task_router.depths]
+        return torch.cat(read, dim=-1), kept
 
     @torch.no_grad()
     def route(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> list[Route]:
@@ -108,17 +132,10 @@ class DuetMoeRoutingMixin:
         Args:
             input_ids (`torch.LongTensor` of shape (batch, seq)): as the chat template writes prompts; of more than
                 1,024 tokens the last ones are read.
-            attention_mask (`torch.Tensor` of shape (batch, seq), *optional*): 0 for padding.
+            attention_mask (`torch.Tensor` of shape (batch, seq), *optional*): 0 for padding, on whichever side.
 
         Raises:
-            ValueError: if the model has no task router.
+            ValueError: if the model has no task router, or a row no tokens.
         """
-        if self.task_router is None:
-            raise ValueError(
-                "This model has no task router: choose a mode yourself, or train one with "
-                "`python -m duet_moe.finetune.router`."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        input_ids, attention_mask = input_ids[:, -LONGEST:], attention_mask[:, -LONGEST:]
-        return self.task_router.route(self.task_router(self.prompt_states(input_ids, attention_mask), attention_mask))
+        states, kept = self.prompt_states(input_ids, attention_mask)
+        return self.task_router.route(self.task_router(states, kept))

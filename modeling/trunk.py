@@ -64,7 +64,7 @@ class DuetMoePreTrainedModel(CheckedPreTrainedModel):
     config: DuetMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DuetMoeDecoderLayer", "DuetMoeHead"]
+    _no_split_modules = ["DuetMoeDecoderLayer", "DuetMoeHead", "DuetMoeTaskRouter"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -106,7 +106,8 @@ class Writer:
         """Answer `prompt`.
 
         Args:
-            mode: name or `Mode`; "auto" leaves it to the task router; the model's `default_mode` when not given.
+            mode: name or `Mode`; "auto" leaves it to the task router, and `Text.route` says what that made of the
+                prompt; the model's `default_mode` when not given.
             seed: the same seed gives the same text; drawn and reported when not given.
             evidence: also report what both heads thought of every token (computes both heads).
             voice: a loaded voice, a folder, or a name in the store, which is then loaded; "base" is the model without;
@@ -119,7 +120,8 @@ class Writer:
             ValueError: on an empty prompt, an unknown mode or a setting out of range.
             OSError, ValueError: if there is no such voice, or it is damaged or for another base.
         """
-        *_, final = self._run([prompt], [mode], [seed], max_new_tokens, evidence, voice, generate_kwargs)
+        chosen = self._choose([mode], [prompt])
+        *_, final = self._run([prompt], chosen, [seed], max_new_tokens, evidence, voice, generate_kwargs)
         return final[0]
 
     def stream(
@@ -137,7 +139,8 @@ class Writer:
         Closing the iterator ends the generation at its next token. Arguments and errors as in `write`.
         """
         shown, told = 0, 0
-        for (text,) in self._run([prompt], [mode], [seed], max_new_tokens, evidence, voice, generate_kwargs):
+        chosen = self._choose([mode], [prompt])
+        for (text,) in self._run([prompt], chosen, [seed], max_new_tokens, evidence, voice, generate_kwargs):
             if len(text.text) > shown or len(text.evidence) > told:
                 yield Piece(text.text[shown:], text.evidence[told:])
             shown, told = len(text.text), len(text.evidence)
@@ -167,17 +170,17 @@ class Writer:
         """Yield, after every token, each mode's answer so far; the modes share the prompt and the seed.
 
         Settings given here apply to the modes that sample: the answer of a greedy mode stays what that mode says. A
-        mode that is named twice gets a number in its key.
+        mode that is named twice gets a number in its key; the key of "auto" is "auto", whatever it chose.
         """
-        chosen = [self._chosen(mode, prompt) for mode in modes]
-        names = [mode.name for mode in chosen]
+        chosen = self._choose(modes, [prompt] * len(modes))
+        names = [AUTO if route else mode.name for mode, route in chosen]
         keys = [
             name if names.index(name) == i else f"{name} ({names[: i + 1].count(name)})"
             for i, name in enumerate(names)
         ]
         own = {name: generate_kwargs.pop(name) for name in Mode.__dataclass_fields__ if name in generate_kwargs}
         experts = {"num_experts_per_tok": own["num_experts_per_tok"]} if "num_experts_per_tok" in own else {}
-        chosen = [mode.changed(**(own if mode.do_sample else experts)) for mode in chosen]
+        chosen = [(mode.changed(**(own if mode.do_sample else experts)), route) for mode, route in chosen]
         seed = _drawn(seed)
         rows = len(chosen)
         seeds: list[int | None] = [seed] * rows
@@ -202,11 +205,13 @@ class Writer:
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
         seed = _drawn(seed)
-        mode = self._chosen(mode, prompt)
-        draws = mode.draw_plan and self.model.planner is not None and self._voice(voice) is None
+        chosen = self._choose([mode], [prompt]) * n
+        draws = chosen[0][0].draw_plan and self.model.planner is not None and self._voice(voice) is None
         if draws and "plan" not in generate_kwargs:
             generate_kwargs["plan"] = self.model.planner.spread(n, seed)
-        return self.write_batch([prompt] * n, mode, max_new_tokens, seed, evidence, voice, **generate_kwargs)
+        seeds = row_seeds(seed, n)
+        *_, final = self._run([prompt] * n, chosen, seeds, max_new_tokens, evidence, voice, generate_kwargs)
+        return final
 
     def write_batch(
         self,
@@ -224,9 +229,8 @@ class Writer:
             seed, voice: also a list with one for each prompt.
         """
         seeds = row_seeds(_drawn(seed) if seed is None else seed, len(prompts))
-        *_, final = self._run(
-            list(prompts), [mode] * len(prompts), seeds, max_new_tokens, evidence, voice, generate_kwargs
-        )
+        chosen = self._choose([mode] * len(prompts), prompts)
+        *_, final = self._run(list(prompts), chosen, seeds, max_new_tokens, evidence, voice, generate_kwargs)
         return final
 
     def plan(self, theme: str) -> torch.Tensor:
@@ -247,16 +251,24 @@ class Writer:
         Raises:
             ValueError: on an empty prompt, or if the model has no task router.
         """
-        batch, _ = self.encode([prompt], 1)
-        return self.model.route(**batch)[0]
+        return self.model.route(**self.encode([prompt], 1)[0])[0]
+
+    @property
+    def mode_names(self) -> list[str]:
+        """What `mode=` takes by name: the modes, and "auto" where the model has a task router."""
+        return [*self.modes, *([] if self.model.task_router is None else [AUTO])]
 
     def _mode(self, mode: str | Mode) -> Mode:
         known = {name: asdict(saved) for name, saved in self.modes.items()}
         return resolve_mode(mode, known)
 
-    def _chosen(self, mode: str | Mode | None, prompt: str) -> Mode:
-        mode = mode or self.model.config.default_mode
-        return self._mode(self.route(prompt).mode if mode == AUTO else mode)
+    def _choose(self, modes: Sequence[str | Mode | None], prompts: Sequence[str]) -> list[tuple[Mode, Route | None]]:
+        """Return each prompt's mode, and what the task router said where it chose; equal prompts are read once."""
+        asked = [mode or self.model.config.default_mode for mode in modes]
+        read = list(dict.fromkeys(prompt for mode, prompt in zip(asked, prompts, strict=True) if mode == AUTO))
+        found = dict(zip(read, self.model.route(**self.encode(read, 1)[0]), strict=True)) if read else {}
+        routes = [found[prompt] if mode == AUTO else None for mode, prompt in zip(asked, prompts, strict=True)]
+        return [(self._mode(route.mode if route else mode), route) for mode, route in zip(asked, routes, strict=True)]
 
     def _voiced(self, mode: Mode) -> Mode:
         """Return the mode as a voice speaks in it: no rule that asks the coherence head, and no plan."""
@@ -285,7 +297,7 @@ class Writer:
     def _run(
         self,
         prompts: list[str],
-        modes: Sequence[str | Mode | None],
+        chosen: Sequence[tuple[Mode, Route | None]],
         seeds: Sequence[int | None],
         max_new_tokens: int,
         evidence: bool,
@@ -296,25 +308,19 @@ class Writer:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one token.")
         batch, notes = self.encode(prompts, max_new_tokens)
-        asked = [mode or self.model.config.default_mode for mode in modes]
-        routes = self.model.route(**batch) if AUTO in asked else [None] * len(prompts)
-        taken = [route if mode == AUTO else None for mode, route in zip(asked, routes, strict=True)]
-        chosen = [self._mode(route.mode if route else mode) for mode, route in zip(asked, taken, strict=True)]
         voices = self._voices(voice, len(prompts))
         if isinstance(generate_kwargs.get("plan"), str):
             generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
-        chosen = [self._voiced(mode) if named else mode for mode, named in zip(chosen, voices, strict=True)]
+        modes = [self._voiced(mode) if named else mode for (mode, _), named in zip(chosen, voices, strict=True)]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named, route=route))
-            for mode, prompt, seed, note, named, route in zip(
-                chosen, prompts, drawn, notes, voices, taken, strict=True
-            )
+            for (mode, route), prompt, seed, note, named in zip(chosen, prompts, drawn, notes, voices, strict=True)
         ]
         steps = decoding_steps(
             self.model,
             **batch,
-            mode=chosen,
+            mode=modes,
             seed=drawn,
             max_new_tokens=max_new_tokens,
             output_head_logits=evidence,

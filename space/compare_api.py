@@ -38,8 +38,8 @@ def add_compare_endpoint(writer: Writer) -> None:
 
         Args:
             prompt: a question, or what to write
-            left_mode: factual, creative or hybrid
-            right_mode: factual, creative or hybrid, but not the left mode
+            left_mode: factual, creative, hybrid, or auto where the model has a task router
+            right_mode: as left_mode, but not the left mode
             max_new_tokens: length limit of each text, 1 to 512
             temperature: 0.05 to 2 for modes that sample; null keeps the mode's own
             top_p: 0.05 to 1 for modes that sample; null keeps the mode's own

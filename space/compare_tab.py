@@ -46,7 +46,7 @@ class CompareTab:
         self._ask_row()
         examples = [[example.prompt] for example in EXAMPLES]
         gr.Examples(examples, self.prompt, label="Try one of these", elem_id="examples", api_visibility="private")
-        self.form = SettingsForm(writer.modes)
+        self.form = SettingsForm(writer.mode_names)
         with gr.Row(elem_id="key"):
             gr.HTML(render_legend())
             gr.Checkbox(

@@ -31,6 +31,7 @@ ABOUT_MODE = {
     "factual": "The likeliest words, from the coherence head",
     "creative": "Bolder words, from the diversity head",
     "hybrid": "Both heads, half and half",
+    "auto": "The mode that the prompt asks for",
 }
 FINISH = {
     "running": "Writing",

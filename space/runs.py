@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import gradio as gr
 
-from duet_moe.configuration.modes import NotInThisVersionError
+from duet_moe.configuration.modes import AUTO, NotInThisVersionError
 from duet_moe.space.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def compare_steps(writer: Writer, prompt: str, settings: Settings) -> Generator[
     """Yield the left and the right text so far, until both are finished; closing it ends generation.
 
     Raises:
-        ValueError: for a prompt that is empty or too long, and for settings that do not fit.
+        ValueError: for a prompt that is empty or too long, for settings that do not fit, and for the mode "auto" where
+            the model has no task router.
     """
     if not prompt.strip():
         raise ValueError("The prompt is empty: type a question or a task, or pick an example, then press Write.")
@@ -37,13 +38,17 @@ def compare_steps(writer: Writer, prompt: str, settings: Settings) -> Generator[
         raise ValueError(
             f"The prompt has {len(prompt):,} characters: shorten it to {MAX_PROMPT_CHARACTERS:,} or fewer."
         )
-    left, right = settings.modes(writer.modes)
+    known = dict(writer.modes)
+    if AUTO in (settings.left_mode, settings.right_mode):
+        known[AUTO] = known[writer.route(prompt).mode]
+    left, right = settings.modes(known)
     steps = writer.stream_compare(
         prompt, modes=(left, right), max_new_tokens=settings.max_new_tokens, seed=settings.seed
     )
     with closing(cast("Generator[dict[str, Text], None, None]", steps)):  # what iterators of a Writer are
         for texts in steps:
-            yield texts[left.name], texts[right.name]
+            left_text, right_text = texts.values()
+            yield left_text, right_text
 
 
 def paced(steps: Iterator[Step], seconds: float = FRAME) -> Iterator[Step]:

@@ -4,7 +4,7 @@ Fields left empty keep the mode's own value. Sampling fields touch only modes th
 that listen to the diversity head, so the factual panel stays factual whatever is set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Settings:
 class SettingsForm:
     """The folded form; `read` turns the values of `inputs` into `Settings`."""
 
-    def __init__(self, modes: Mapping[str, Mode]):
+    def __init__(self, modes: Iterable[str]):
         default, names = Settings(), [(name.capitalize(), name) for name in modes]
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             with gr.Row():

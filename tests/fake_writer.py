@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from duet_moe.configuration.modes import BUILT_IN_MODES, Mode
 from duet_moe.modeling.evidence import Text, TokenEvidence
+from duet_moe.modeling.task_router import Route
 
 FACTUAL = "The capital of Portugal is Lisbon, and it lies on the Tagus."
 CREATIVE = "Seven hills and a slow gold river:\nask the trams, and they will hum you Lisbon all the way down."
@@ -19,6 +20,7 @@ class FakeWriter:
         self.texts = {"factual": FACTUAL, "creative": CREATIVE, "hybrid": f"{FACTUAL} Perhaps."} | dict(texts or {})
         self.delay, self.notes = delay, notes
         self.modes = dict(BUILT_IN_MODES)
+        self.mode_names = [*self.modes, "auto"]
         self.name = "fake"
         self.asked: list[dict] = []
         self.steps = 0
@@ -36,7 +38,10 @@ class FakeWriter:
         self.steps = 0
         self.closed.clear()
         names = [mode if isinstance(mode, str) else mode.name for mode in modes]
-        full = {name: self._text(name, prompt, seed or 7, max_new_tokens) for name in names}
+        keys = [name if names.index(name) == i else f"{name} (2)" for i, name in enumerate(names)]
+        full = {
+            key: self._text(name, prompt, seed or 7, max_new_tokens) for key, name in zip(keys, names, strict=True)
+        }
         try:
             for count in range(1, max(len(text.tokens) for text in full.values()) + 1):
                 time.sleep(self.delay)
@@ -46,6 +51,9 @@ class FakeWriter:
                 yield {name: _first(text, count) for name, text in full.items()}
         finally:
             self.closed.set()
+
+    def route(self, prompt: str) -> Route:
+        return Route("factual" if prompt.endswith("?") else "creative", 0.5)
 
     def _text(self, mode: str, prompt: str, seed: int, limit: int) -> Text:
         words = self.texts[mode].split(" ")

@@ -60,7 +60,7 @@ def test_info_table_names_the_modes(saved: str, capsys: pytest.CaptureFixture) -
     [
         (["write", "   "], "prompt is empty"),
         (["write", "x", "--mode", "poetic"], "poetic"),
-        (["write", "x", "--mode", "auto"], "not in this version"),
+        (["write", "x", "--mode", "auto"], "no task router: choose a mode yourself"),
     ],
 )
 def test_a_bad_request_says_why_and_exits_with_1(

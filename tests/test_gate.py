@@ -222,7 +222,7 @@ def test_evidence_tells_the_share_that_the_diversity_head_had(gated_writer: Writ
     assert {item.diversity_share for item in texts["factual"].evidence} == {0.0}
     assert {item.diversity_share for item in texts["creative"].evidence} == {1.0}
     text = texts["hybrid"]
-    prompt = gated_writer._encode(["Hello fox"], 8)[0]["input_ids"]
+    prompt = gated_writer.encode(["Hello fox"], 8)[0]["input_ids"]
     ids = torch.cat([prompt, torch.tensor([text.tokens])], 1)
     with torch.no_grad():
         shares = gated_writer.model(ids, gated=True, output_head_logits=True).diversity_share[0]

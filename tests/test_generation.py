@@ -238,7 +238,7 @@ def test_factual_mode_never_runs_the_diversity_head(model: DuetMoeForCausalLM) -
     [
         ({"mode": "poetic"}, ValueError, "'poetic'.*creative"),
         ({"mode": ["factual", "poetic"]}, ValueError, "'poetic'.*creative"),
-        ({"mode": "auto"}, NotInThisVersionError, "auto"),
+        ({"mode": "auto"}, ValueError, "no task router: choose a mode yourself"),
         ({"guardrails": "policy.yaml"}, NotInThisVersionError, "guardrails"),
         ({"mode": ["factual"]}, ValueError, "1 entries for 2 rows"),
         ({"mode": "creative", "seed": [1, 2, 3]}, ValueError, "3 entries for 2 rows"),

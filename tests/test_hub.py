@@ -33,25 +33,30 @@ with torch.no_grad():
     same = {name: torch.equal(model(expected["ids"], **{**settings, "head_mix": float(name)}).logits, expected[name])
             for name in ("0.0", "0.5", "1.0")}
 text = model.generate(expected["ids"], mode="mine", max_new_tokens=12)
-try:
-    model.generate(expected["ids"], mode="auto")
-except RuntimeError as error:
-    refusal = str(error)
+routes = [[route.mode, route.probability] for route in model.route(expected["ids"])]
+auto = model.generate(expected["ids"], mode="auto", seed=1, max_new_tokens=12)
 print(json.dumps({"same": same, "text": torch.equal(text, expected["text"]), "module": type(model).__module__,
-                  "config": type(config).__module__, "refusal": refusal}))
+                  "config": type(config).__module__, "auto": torch.equal(auto, expected["auto"]),
+                  "routes": routes == expected["routes"]}))
 """
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A saved model with a mode of its own, and beside it what it answers."""
-    model, ids = tiny_model(num_shared_experts=1, layer_types=["sliding_attention", "full_attention"]), tokens(2, 12)
+    layers = ["sliding_attention", "full_attention"]
+    model, ids = tiny_model(num_shared_experts=1, layer_types=layers, task_router_size=8), tokens(2, 12)
     model.generation_config.modes = modes_as_dict({"mine": MINE})
+    model.task_router.thresholds.fill_(-9.0)  # all is creative
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
         logits = {str(mix): model(ids, **(SETTINGS | {"head_mix": mix})).logits for mix in (0.0, 0.5, 1.0)}
     text = model.generate(ids, mode="mine", max_new_tokens=12)
-    torch.save(logits | {"ids": ids, "text": text}, tmp_path / "expected.pt")
+    chosen = {
+        "routes": [[route.mode, route.probability] for route in model.route(ids)],
+        "auto": model.generate(ids, mode="creative", seed=1, max_new_tokens=12),
+    }
+    torch.save(logits | chosen | {"ids": ids, "text": text}, tmp_path / "expected.pt")
     return tmp_path / "model"
 
 
@@ -70,8 +75,7 @@ def run_clean(script: str, saved: Path, how: str, isolated: bool) -> dict:
 
 def check(found: dict, module: str) -> None:
     assert found["same"] == {"0.0": True, "0.5": True, "1.0": True}
-    assert found["text"]
-    assert "not in this version" in found["refusal"]
+    assert found["text"] and found["auto"] and found["routes"]
     assert found["module"].startswith(module)
     assert found["config"].startswith(module)
 
@@ -98,6 +102,7 @@ def test_the_trunk_alone_loads_from_the_whole_model(saved: Path) -> None:
 def test_a_saved_folder_is_self_contained(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "modeling_duet_moe.py", "modes.py"} <= names
+    assert "task_router.py" in names
     for path in saved.glob("*.py"):
         lines = [line.strip() for line in path.read_text().splitlines()]
         assert not [line for line in lines if line.startswith(("from duet_moe", "import duet_moe"))], path.name

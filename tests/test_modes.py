@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from duet_moe.configuration.modes import BUILT_IN_MODES, Mode, NotInThisVersionError, modes_as_dict, resolve_mode
+from duet_moe.configuration.modes import BUILT_IN_MODES, Mode, modes_as_dict, resolve_mode
 
 SHARES = st.floats(0, 1)
 MODES = st.builds(
@@ -113,6 +113,6 @@ def test_an_unknown_mode_is_refused_with_the_names_there_are() -> None:
     assert all(name in str(raised.value) for name in ("creative", "dry", "factual", "hybrid"))
 
 
-def test_auto_says_that_it_belongs_to_a_later_version() -> None:
-    with pytest.raises(NotInThisVersionError, match="auto.*not in this version.*factual"):
+def test_auto_without_a_prompt_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match="'auto' is chosen by a prompt.*factual"):
         resolve_mode("auto")

@@ -91,7 +91,7 @@ def test_a_skip_list_adds_to_the_heads(quantisable: Path) -> None:
     assert type(attention.k_proj) is nn.Linear and type(attention.q_proj) is bnb.nn.Linear4bit
     assert all(type(head.gate_proj) is nn.Linear for head in (model.coherence_head, model.diversity_head))
     skipped = model.config.quantization_config.llm_int8_skip_modules
-    assert skipped == ["k_proj", "coherence_head", "diversity_head", "token_gate"]
+    assert skipped == ["k_proj", "coherence_head", "diversity_head", "token_gate", "task_router"]
 
 
 def test_lora_on_the_diversity_head_trains_and_leaves_factual_mode_alone(quantisable: Path) -> None:

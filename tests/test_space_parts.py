@@ -4,7 +4,7 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the Space needs the `space` extra")
 
-from fake_writer import FakeWriter  # noqa: E402
+from fake_writer import CREATIVE, FACTUAL, FakeWriter  # noqa: E402
 
 from duet_moe.configuration.modes import BUILT_IN_MODES, NotInThisVersionError  # noqa: E402
 from duet_moe.modeling.evidence import Text, TokenEvidence  # noqa: E402
@@ -130,6 +130,17 @@ def test_prompts_that_are_empty_or_too_long_never_reach_the_writer(prompt: str) 
     assert writer.asked == []
 
 
+@pytest.mark.parametrize("prompt, chosen", [("Where is Lisbon?", FACTUAL), ("Sing of Lisbon.", CREATIVE)])
+def test_auto_shows_the_mode_that_it_chose_also_beside_that_mode(prompt: str, chosen: str) -> None:
+    writer = FakeWriter()
+    *_, (left, right) = compare_steps(writer, prompt, Settings("auto", "factual", temperature=0.5))
+    assert (left.text, right.text) == (chosen, FACTUAL)
+    asked = writer.asked[0]["modes"][0]
+    assert asked.name == writer.route(prompt).mode and asked.temperature == (0.5 if asked.do_sample else 1.0)
+    with pytest.raises(ValueError, match="Both panels are set to auto"):
+        next(compare_steps(writer, prompt, Settings("auto", "auto")))
+
+
 def test_closing_a_run_closes_the_writers_stream() -> None:
     writer = FakeWriter()
     steps = compare_steps(writer, "Hello", Settings())
@@ -149,7 +160,7 @@ def test_pacing_keeps_the_first_and_the_last_step() -> None:
     ("error", "shown"),
     [
         (ValueError("mode '<b>' is unknown"), "mode '&lt;b&gt;' is unknown"),
-        (NotInThisVersionError('mode="auto"', "Choose another."), "not in this version"),
+        (NotInThisVersionError("guardrails=", "Go without."), "not in this version"),
         (ZeroDivisionError("secret detail"), "stopped unexpectedly. Press Write to try again"),
     ],
 )

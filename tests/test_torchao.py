@@ -63,7 +63,7 @@ def test_a_choice_by_name_without_experts_is_refused(quantisable: Path) -> None:
         DuetMoeForCausalLM.from_pretrained(quantisable, quantization_config=TorchAoConfig(kind))
 
 
-def test_torchao_never_touches_heads_and_gate(quantisable: Path, tmp_path: Path) -> None:
+def test_torchao_never_touches_heads_gate_and_router(quantisable: Path, tmp_path: Path) -> None:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
     int8 = Int8WeightOnlyConfig()
@@ -71,8 +71,9 @@ def test_torchao_never_touches_heads_and_gate(quantisable: Path, tmp_path: Path)
     config = TorchAoConfig(FqnToConfig(kinds))
     model = DuetMoeForCausalLM.from_pretrained(quantisable, quantization_config=config)
     assert all(type(parameter) is nn.Parameter for parameter in model.diversity_head.parameters())
-    tiny_model(**SHAPE, hybrid_gate=True).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_model(**SHAPE, hybrid_gate=True, task_router_size=8).to(torch.bfloat16).save_pretrained(tmp_path)
     gated = DuetMoeForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert type(gated.token_gate.linear.weight) is nn.Parameter
+    assert all(type(parameter) is nn.Parameter for parameter in gated.task_router.parameters())
     assert type(model.model.layers[0].mlp.shared_experts.up_proj.weight) is not nn.Parameter
     assert config.modules_to_not_convert is None  # the user's own object stays as it was

@@ -276,8 +276,6 @@ def test_what_cannot_be_written_is_refused_with_a_reason(tiny_writer: Writer, ca
 @pytest.mark.parametrize(
     "call",
     [
-        lambda writer: writer.write(PROMPT, mode="auto"),
-        lambda writer: writer.route(PROMPT),
         lambda writer: writer.write(PROMPT, guardrails="policy.yaml"),
         lambda writer: Writer.load(guardrails="policy.yaml"),
     ],
