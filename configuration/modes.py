@@ -101,8 +101,18 @@ BUILT_IN_MODES: dict[str, Mode] = {
     )
 }
 
-# What `creative` is while a voice speaks: rule R1 and the mix ask the coherence head, which never heard of the voice.
 VOICED = Mode("creative", head_mix=1.0, do_sample=True, temperature=0.8, min_p=0.05)
+
+
+def voiced(mode: Mode, creative: Mode) -> Mode:
+    """Return `mode` as a voice speaks in it: by no rule that asks the coherence head, which never heard of the voice.
+
+    What `mode` has in common with `creative`, the model's mode of this name, gives way to the diversity head alone at
+    a lower temperature; of another mode rule R1 and plans are left out.
+    """
+    if mode.name == creative.name:
+        mode = replace(VOICED, **{n: value for n, value in asdict(mode).items() if value != getattr(creative, n)})
+    return replace(mode, plausible_min=0.0, draw_plan=False)
 
 
 def read_modes(saved: dict[str, dict] | None) -> dict[str, Mode]:

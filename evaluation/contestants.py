@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from duet_moe.configuration.modes import AUTO, Mode
+from duet_moe.configuration.modes import AUTO, Mode, voiced
 from duet_moe.evaluation.causal import Causal, fingerprint, load_one, log_likelihood
 from duet_moe.evaluation.endpoint import Endpoint
 from duet_moe.evaluation.timing import Timing, peak_memory_bytes, reset_peak_memory
@@ -163,7 +163,7 @@ class Duet:
         }
 
     def _active_parameters(self, mode: Mode) -> int:
-        plausible = mode.head_mix > 0.0 and mode.plausible_min > 0.0 and self.voice is None  # rule R1 asks both heads
+        plausible = mode.head_mix > 0.0 and mode.plausible_min > 0.0  # rule R1 asks both heads
         both = plausible or mode.gated or 0.0 < mode.head_mix < 1.0
         counts = parameter_counts(self.writer.model, mode.num_experts_per_tok)
         return counts["active_both_heads" if both else "active"]
@@ -191,4 +191,6 @@ class Duet:
         return self.mode or self.writer.model.config.default_mode
 
     def _mode(self, mode: str | Mode) -> Mode:
-        return self.writer.model.resolved(mode)
+        writer = self.writer
+        found = writer.model.resolved(mode)
+        return found if self.voice is None else voiced(found, writer.modes["creative"])

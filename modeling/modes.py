@@ -3,9 +3,9 @@
 from duet_moe.configuration.modes import (
     AUTO,
     BUILT_IN_MODES,
-    VOICED,
     Mode,
     NotInThisVersionError,
     modes_as_dict,
     resolve_mode,
+    voiced,
 )

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
-from duet_moe.configuration.modes import AUTO, VOICED, Mode, NotInThisVersionError, read_modes, resolve_mode
+from duet_moe.configuration.modes import AUTO, Mode, NotInThisVersionError, read_modes, resolve_mode, voiced
 from duet_moe.modeling.answer import Answer
 from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
@@ -270,14 +270,6 @@ class Writer:
         routes = [found[prompt] if mode == AUTO else None for mode, prompt in zip(asked, prompts, strict=True)]
         return [(self._mode(route.mode if route else mode), route) for mode, route in zip(asked, routes, strict=True)]
 
-    def _voiced(self, mode: Mode) -> Mode:
-        """Return the mode as a voice speaks in it: no rule that asks the coherence head, and no plan."""
-        creative = self.modes["creative"]
-        if mode.name != creative.name:
-            return replace(mode, plausible_min=0.0, draw_plan=False)
-        own = {name: value for name, value in asdict(mode).items() if value != getattr(creative, name)}
-        return replace(VOICED, **own)
-
     def _voices(self, voice: str | Path | Sequence[str | Path | None] | None, rows: int) -> list[str | None]:
         given = [voice] * rows if voice is None or isinstance(voice, str | Path) else list(voice)
         if len(given) != rows:
@@ -311,7 +303,10 @@ class Writer:
         voices = self._voices(voice, len(prompts))
         if isinstance(generate_kwargs.get("plan"), str):
             generate_kwargs = generate_kwargs | {"plan": self.plan(generate_kwargs["plan"]).repeat(len(prompts), 1)}
-        modes = [self._voiced(mode) if named else mode for (mode, _), named in zip(chosen, voices, strict=True)]
+        modes = [
+            voiced(mode, self.modes["creative"]) if named else mode
+            for (mode, _), named in zip(chosen, voices, strict=True)
+        ]
         drawn = [_drawn(seed) for seed in seeds]
         rows = [
             Answer(self.tokenizer, Text("", mode.name, prompt, seed, notes=note, voice=named, route=route))

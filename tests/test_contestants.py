@@ -145,7 +145,8 @@ def test_a_likelihood_of_ours_is_that_of_its_mode_and_voice(saved: str, store: P
     start = writer.tokenizer(text, add_special_tokens=False)["input_ids"]
     said = writer.tokenizer("the fox")["input_ids"]
     with torch.no_grad():
-        logits = writer.model(torch.tensor([[*start, *said]]), head_mix=1.0).logits[0, len(start) - 1 : -1]
+        mix = writer.modes["creative"].head_mix
+        logits = writer.model(torch.tensor([[*start, *said]]), head_mix=mix).logits[0, len(start) - 1 : -1]
     expected = logits.log_softmax(-1)[range(len(said)), said].sum()
     assert scores["creative"] == pytest.approx(float(expected), abs=1e-4)
 

@@ -59,10 +59,10 @@ def test_a_mode_cannot_be_changed() -> None:
         BUILT_IN_MODES["factual"].head_mix = 1.0  # type: ignore[misc]
 
 
-def test_factual_is_the_greedy_coherence_head_and_creative_the_bounded_diversity_head() -> None:
+def test_factual_is_the_greedy_coherence_head_and_creative_leans_to_the_diversity_head_within_bounds() -> None:
     factual, creative, hybrid = (BUILT_IN_MODES[name] for name in ("factual", "creative", "hybrid"))
     assert (factual.head_mix, factual.do_sample, factual.plausible_min) == (0.0, False, 0.0)
-    assert (creative.head_mix, creative.do_sample) == (1.0, True)
+    assert 0.5 < creative.head_mix <= 1.0 and creative.do_sample
     assert 0 < creative.plausible_min < 1
     assert 0 < hybrid.head_mix < 1
 

@@ -86,11 +86,13 @@ def test_a_mode_that_draws_plans_is_the_mode_with_that_plan_given(planned: DuetM
 
 
 def test_rows_that_draw_none_are_as_alone_beside_rows_that_do(planned: DuetMoeForCausalLM) -> None:
-    ids = tokens(2, 5)
-    both = planned.generate(ids, mode=[CREATIVE, "factual"], seed=[1, 2], max_new_tokens=6)
-    first = planned.generate(ids[:1], mode=CREATIVE, seed=1, max_new_tokens=6)
-    second = planned.generate(ids[1:], mode="factual", seed=2, max_new_tokens=6)
-    assert torch.equal(both, torch.cat([first, second]))
+    ids, modes = tokens(3, 5), [CREATIVE, "factual", replace(CREATIVE, draw_plan=False)]
+    together = planned.generate(ids, mode=modes, seed=[1, 2, 3], max_new_tokens=6)
+    alone = [
+        planned.generate(ids[row : row + 1], mode=mode, seed=row + 1, max_new_tokens=6)
+        for row, mode in enumerate(modes)
+    ]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_without_seeds_every_row_draws_a_plan_of_its_own(

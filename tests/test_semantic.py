@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from duet_moe.evaluation.semantic import dispersion, vendi
+from duet_moe.evaluation.semantic import dispersion, obedience, vendi
 
 # Exact in binary, none near zero: a row's direction is well defined.
 number = st.integers(-8, 8).map(lambda n: n / 4)
@@ -30,6 +30,27 @@ def test_one_of_four_that_differs() -> None:
     rows = np.array([[1, 0]] * 3 + [[0, 1]])  # eigenvalues 3/4 and 1/4; three of six pairs are orthogonal
     assert vendi(rows) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert dispersion(rows) == pytest.approx(0.5)
+
+
+def test_texts_near_their_own_prompt_obey() -> None:
+    prompts = np.array([[1.0, 0], [0, 1], [0, -1]])
+    texts = np.array(
+        [[2.0, 0], [0.6, 0.8]]
+    )  # similarities 1 and 0.6 to the first; 0 and 0.8, 0 and -0.8 to the others
+    assert obedience(texts, prompts, 0) == pytest.approx(0.8)
+    assert obedience(texts, prompts, 1) == pytest.approx(0.4 - (0.8 - 0.4) / 2)
+    assert obedience(texts[:1], prompts[1:], 0) == 0.0  # one sample that has nothing to do with any prompt
+
+
+@given(embeddings)
+def test_equal_prompts_are_obeyed_alike(rows: np.ndarray) -> None:
+    assert obedience(rows, np.repeat(rows[:1], 3, axis=0), 1) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("prompts", "own"), [(1, 0), (3, 3), (3, -1)])
+def test_obedience_needs_the_own_prompt_and_another(prompts: int, own: int) -> None:
+    with pytest.raises(ValueError, match=rf"own={own} of {prompts} prompts"):
+        obedience(np.eye(4), np.eye(4)[:prompts], own)
 
 
 def test_opposite_samples_are_two_apart_and_count_once() -> None:

@@ -18,10 +18,13 @@ SETTINGS = {
     "version": 1,
     "quality": "bits_per_character",
     "axes": ["distinct_3", "dispersion"],
+    "beside": ["repetition"],
     "baseline": {
         "heads": {"coherence": 0.0},
-        "temperature": [0.5, 1.5],
-        "truncation": {"none": {}, "min-p 0.1": {"min_p": 0.1}},
+        "truncation": {
+            "none": {"temperature": [0.5, 1.5]},
+            "min-p 0.1": {"min_p": 0.1, "temperature": [0.5, 1.5]},
+        },
     },
     "arms": {
         "mine": {"mode": "creative", "temperature": [1.0]},
@@ -127,13 +130,14 @@ def test_what_was_sampled_is_not_sampled_again(
     assert first.differences == second.differences
 
 
-def test_the_bundled_plan_sweeps_both_heads_and_turns_the_plan_off() -> None:
+def test_the_bundled_plan_sweeps_both_heads_and_takes_the_creative_mode_apart() -> None:
     plan = read_plan(BUILT_IN_MODES)
     one = plan.families[BASELINE]
-    assert len(one) == 40 and {mode.head_mix for mode in one.values()} == {0.0, 1.0}
+    assert len(one) == 38 and {mode.head_mix for mode in one.values()} == {0.0, 1.0}
     assert all(mode.do_sample and not mode.draw_plan and mode.plausible_min == 0 for mode in one.values())
-    assert all(not mode.draw_plan for mode in plan.families["creative without its plan"].values())
-    assert {mode.head_mix for mode in plan.families["hybrid"].values()} == {0.5}
+    assert all(mode.draw_plan for mode in plan.families["creative with a drawn plan"].values())
+    assert {mode.head_mix for mode in plan.families["creative from the diversity head alone"].values()} == {1.0}
+    assert [mode.gated for mode in plan.families["hybrid by the geometric mix"].values()] == [False] * 3
     arms = [len(own) for family, own in plan.families.items() if family != BASELINE]
     assert max(arms) <= len(one) / 2  # no arm has more settings to choose from than one head
 
