@@ -86,6 +86,7 @@ def test_every_setting_is_sampled_and_every_arm_compared(base: Path, short: Path
         assert np.array_equal(arm, twin)  # the same mode and seeds
     assert outcome.differences["mine"] == outcome.differences["its twin"]
     page = write_outcome(outcome, plan, tmp_path / "out", "exploratory").read_text()
+    assert "| setting | bits | distinct_3 | dispersion | repetition |" in page
     assert "| mine |" in page and "coherence T=1.5 min-p 0.1" in page and "over 3 prompts (0 left out)" in page
     assert all((tmp_path / "out" / "exploratory" / f"{axis}.svg").is_file() for axis in plan.axes)
 
