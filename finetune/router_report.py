@@ -58,7 +58,7 @@ def choose_thresholds(
     scores: np.ndarray,
     creative: np.ndarray,
     misleads: np.ndarray,
-    false_creative: float = 0.01,
+    false_creative: float = 0.005,
     false_factual: float = 0.02,
 ) -> tuple[float, float]:
     """Return the thresholds that keep both kinds of error this rare, among prompts that mislead and among the others.
@@ -66,6 +66,8 @@ def choose_thresholds(
     Args:
         scores: probabilities or log-odds that prompts are creative, (prompts,).
         creative, misleads (`np.ndarray` of bool): (prompts,).
+        false_creative: share of factual prompts; half of the 1% that is allowed, since other prompts do worse.
+        false_factual: share of creative prompts.
     """
     sorts = [misleads == kind for kind in (True, False) if (misleads == kind).any()]
     upper = [

@@ -36,7 +36,8 @@ class Route:
 
 def read_depths(layers: int) -> list[int]:
     """Return which of the trunk's `layers` + 1 states are read, evenly spread, first and last among them."""
-    return torch.linspace(0, layers, min(DEPTHS, layers + 1)).round().int().tolist()
+    steps = min(DEPTHS, layers + 1) - 1
+    return [round(layers * step / steps) for step in range(steps + 1)]
 
 
 class DuetMoeTaskRouter(nn.Module):

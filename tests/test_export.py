@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, GenerationConfig, MixtralForCausalLM
 import duet_moe
 from duet_moe import DuetMoeForCausalLM, Mode
 from duet_moe.cli import main
-from duet_moe.configuration.modes import modes_as_dict
+from duet_moe.configuration.modes import BUILT_IN_MODES, modes_as_dict
 from duet_moe.modeling.convert import convert
 from duet_moe.modeling.export import export_mixtral
+
+CREATIVE = BUILT_IN_MODES["creative"]
 
 ROOT = Path(duet_moe.__file__).resolve().parent.parent
 EXACT = dict(rtol=0.0, atol=1e-4)
@@ -57,7 +59,9 @@ def assert_same_answers(folder: Path, model: DuetMoeForCausalLM, mix: float, exp
 
 
 @pytest.mark.parametrize("equal_norms", [True, False])
-@pytest.mark.parametrize(("mode", "mix"), [("factual", 0.0), ("creative", 1.0), (0.3, 0.3), ("0.75", 0.75)])
+@pytest.mark.parametrize(
+    ("mode", "mix"), [("factual", 0.0), ("creative", CREATIVE.head_mix), (0.3, 0.3), ("0.75", 0.75)]
+)
 def test_a_mix_of_the_heads_becomes_a_mixtral_with_the_same_answers(
     mode: str | float, mix: float, equal_norms: bool, tmp_path: Path
 ) -> None:
@@ -112,7 +116,7 @@ def test_sampling_of_the_model_stays_for_a_number_and_goes_for_a_greedy_mode(tmp
 
 def test_the_rule_of_two_heads_is_said_to_be_left_out(tmp_path: Path) -> None:
     report = export_mixtral(save(linear_model(), tmp_path / "model"), tmp_path / "out", "creative", show=False)
-    assert "plausible_min=0.02 of mode 'creative'" in report["notes"][0]
+    assert f"plausible_min={CREATIVE.plausible_min} of mode 'creative'" in report["notes"][0]
 
 
 def test_tokenizer_and_chat_template_go_along(tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_an_exported_folder_loads_where_duet_moe_is_not(tmp_path: Path) -> None:
     export_mixtral(save(model, tmp_path / "model"), tmp_path / "out", "creative", show=False)
     ids = tokens(1, 20)
     with torch.no_grad():
-        torch.save({"ids": ids, "logits": model(ids, head_mix=1.0).logits}, tmp_path / "expected.pt")
+        torch.save({"ids": ids, "logits": model(ids, head_mix=CREATIVE.head_mix).logits}, tmp_path / "expected.pt")
     code = (
         "import sys\n"
         "import torch\n"

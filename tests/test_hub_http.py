@@ -170,7 +170,7 @@ def test_a_new_repository_gets_a_card_that_describes_the_model(online: Online, h
     front = front_matter(page)
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     assert {"duet_moe", "moe", "poems"} <= set(front["tags"])
-    assert b"# carded" in page and b"| `creative` | 1.0 |" in page and b"automatically generated" not in page
+    assert b"# carded" in page and b"| `creative` | 0.7 |" in page and b"automatically generated" not in page
 
 
 def test_a_card_that_is_there_stays(online: Online, hub: FakeHub) -> None:

@@ -6,6 +6,7 @@ from tiny import tiny_model
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from duet_moe import Writer
+from duet_moe.configuration.modes import BUILT_IN_MODES
 from duet_moe.finetune.fact_wordings import is_right
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'duet-moe[eval]'")
@@ -35,7 +36,7 @@ def loglikelihood(writer: Writer, prompt: str, answer: str, head_mix: float) -> 
     return float(scores.gather(1, ids[0, start:, None]).sum())
 
 
-@pytest.mark.parametrize(("mode", "mix"), [("factual", 0.0), ("creative", 1.0)])
+@pytest.mark.parametrize(("mode", "mix"), [("factual", 0.0), ("creative", BUILT_IN_MODES["creative"].head_mix)])
 def test_the_bundled_tasks_run_in_both_modes(mini: Writer, task_manager: TaskManager, mode: str, mix: float) -> None:
     found = simple_evaluate(
         "duet_moe", {"pretrained": "duet-mini", "mode": mode, "dtype": "float32"}, TASKS, device="cpu", batch_size=4,

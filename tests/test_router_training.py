@@ -209,9 +209,13 @@ def test_thresholds_by_hand() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(-9, 9, width=32), st.booleans(), st.booleans()), min_size=2, max_size=60),
-    st.floats(0, 0.5),
-    st.floats(0, 0.5),
+    st.lists(
+        st.tuples(st.floats(-9, 9, width=32, allow_subnormal=False), st.booleans(), st.booleans()),
+        min_size=2,
+        max_size=60,
+    ),
+    st.floats(0, 0.5, allow_subnormal=False),
+    st.floats(0, 0.5, allow_subnormal=False),
 )
 def test_thresholds_keep_both_errors_as_rare_as_asked(
     rows: list[tuple[float, bool, bool]], false_creative: float, false_factual: float
