@@ -1,9 +1,8 @@
 """Modes: named ways to join the two heads and to sample, saved in `generation_config.json`.
 
 `factual` answers greedily from the coherence head; `creative` samples at a high temperature from the geometric mix,
-which leans to the diversity head, among the tokens that the coherence head finds plausible; `hybrid` samples from
-both, weighed at every token by the model's gate, or from their geometric mix where a model has no gate. Users add
-their own with `Mode(...)`.
+which leans to the diversity head, among the tokens that the coherence head finds plausible; `hybrid` samples from the
+even mix. Users add their own with `Mode(...)`.
 This file travels inside saved checkpoints, so it imports only the standard library.
 """
 
@@ -97,7 +96,7 @@ BUILT_IN_MODES: dict[str, Mode] = {
     for mode in (
         Mode("factual", head_mix=0.0),
         Mode("creative", head_mix=0.7, plausible_min=0.05, do_sample=True, temperature=1.5, min_p=0.1),
-        Mode("hybrid", head_mix=0.5, gated=True, do_sample=True, temperature=0.7, min_p=0.05),
+        Mode("hybrid", head_mix=0.5, do_sample=True, temperature=0.7, min_p=0.05),
     )
 }
 

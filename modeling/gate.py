@@ -1,4 +1,4 @@
-"""The gate of hybrid mode: how much of the next token each head decides, token by token.
+"""The gate: how much of the next token each head decides, token by token.
 
 A share g of the diversity head is read off the trunk's state. What the coherence head would settle itself (digits, the
 rest of a word that has begun, names) is taken off it: by as much as that head leans to such tokens. This is smooth and

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from duet_moe import DuetMoeForCausalLM, Mode, Writer
 from duet_moe.configuration.modes import BUILT_IN_MODES, modes_as_dict
-from duet_moe.evaluation.contestants import contestant
+from duet_moe.evaluation.contestants import Duet
 from duet_moe.modeling.export import export_mixtral
 from duet_moe.modeling.gate import DuetMoeGate, add_by_share
 from duet_moe.modeling.hub import model_card
@@ -25,6 +25,9 @@ from duet_moe.modeling.info import parameter_counts
 from duet_moe.modeling.voice_files import base_hashes
 
 GREEDY = Mode("weighed", head_mix=0.5, gated=True)
+PLAIN = BUILT_IN_MODES["hybrid"]
+WEIGHED = replace(PLAIN, name="weighed", gated=True)
+SAVED = modes_as_dict(BUILT_IN_MODES | {"weighed": WEIGHED})
 
 
 def gated_model(seed: int = 0, **changes: object) -> DuetMoeForCausalLM:
@@ -175,34 +178,33 @@ def test_every_decoding_strategy_writes_what_greedy_decoding_writes(gated: DuetM
 
 def test_modes_of_a_batch_write_as_alone(gated: DuetMoeForCausalLM) -> None:
     ids, mask = pad_rows([tokens(1, length, length)[0] for length in (5, 12, 7)], "left")
-    modes, seeds = ["factual", "hybrid", "creative"], [4, 9, 2]
+    modes, seeds = ["factual", WEIGHED, "creative"], [4, 9, 2]
     together = gated.generate(ids, attention_mask=mask, mode=modes, seed=seeds, max_new_tokens=10)[:, -10:]
     for row, length in enumerate((5, 12, 7)):
         alone = gated.generate(ids[row : row + 1, -length:], mode=modes[row], seed=[seeds[row]], max_new_tokens=10)
         assert torch.equal(alone[0, -10:], together[row])
 
 
-def test_hybrid_asks_the_gate_unless_the_call_names_a_mix(gated: DuetMoeForCausalLM) -> None:
-    ids, asked = tokens(2, 5), dict(mode="hybrid", seed=3, max_new_tokens=8)
+def test_a_mode_asks_the_gate_unless_the_call_names_a_mix(gated: DuetMoeForCausalLM) -> None:
+    ids, asked = tokens(2, 5), dict(mode=WEIGHED, seed=3, max_new_tokens=8)
     weighed = gated.generate(ids, **asked)
-    plain = replace(BUILT_IN_MODES["hybrid"], gated=False)
-    geometric = gated.generate(ids, **asked | {"mode": plain})
+    geometric = gated.generate(ids, **asked | {"mode": PLAIN})
     assert not torch.equal(weighed, geometric)
     assert torch.equal(gated.generate(ids, **asked, head_mix=0.5), geometric)
     assert torch.equal(gated.generate(ids, **asked, gated=False), geometric)
     assert torch.equal(gated.generate(ids, **asked, head_mix=0.5, gated=True), weighed)
     torch.manual_seed(1)
-    sampled = gated.generate(ids, mode="hybrid", head_mix=0.5, max_new_tokens=8)
+    sampled = gated.generate(ids, mode=WEIGHED, head_mix=0.5, max_new_tokens=8)
     torch.manual_seed(1)
-    assert torch.equal(sampled, gated.generate(ids, mode=plain, max_new_tokens=8))
+    assert torch.equal(sampled, gated.generate(ids, mode=PLAIN, max_new_tokens=8))
 
 
 def test_a_mode_falls_back_to_its_mix_where_there_is_no_gate_and_a_call_does_not(model: DuetMoeForCausalLM) -> None:
-    ids, plain = tokens(2, 5), replace(BUILT_IN_MODES["hybrid"], gated=False)
-    assert model.token_gate is None and BUILT_IN_MODES["hybrid"].gated
+    ids = tokens(2, 5)
+    assert model.token_gate is None
     for seed in (None, 3):
         texts = []
-        for mode in ("hybrid", plain):
+        for mode in (WEIGHED, PLAIN):
             torch.manual_seed(1)
             texts.append(model.generate(ids, mode=mode, seed=seed, max_new_tokens=8))
         assert torch.equal(*texts)
@@ -218,23 +220,23 @@ def test_a_gate_that_is_half_asked_for_is_refused(gated: DuetMoeForCausalLM, bad
 
 
 def test_evidence_tells_the_share_that_the_diversity_head_had(gated_writer: Writer) -> None:
-    texts = gated_writer.compare("Hello fox", ("factual", "hybrid", "creative"), max_new_tokens=8, seed=3)
+    texts = gated_writer.compare("Hello fox", ("factual", WEIGHED, "creative"), max_new_tokens=8, seed=3)
     assert {item.diversity_share for item in texts["factual"].evidence} == {0.0}
     mix = BUILT_IN_MODES["creative"].head_mix
     assert [item.diversity_share for item in texts["creative"].evidence] == pytest.approx([mix] * 8)
-    text = texts["hybrid"]
+    text = texts["weighed"]
     prompt = gated_writer.encode(["Hello fox"], 8)[0]["input_ids"]
     ids = torch.cat([prompt, torch.tensor([text.tokens])], 1)
     with torch.no_grad():
         shares = gated_writer.model(ids, gated=True, output_head_logits=True).diversity_share[0]
     told = torch.tensor([item.diversity_share for item in text.evidence])
     torch.testing.assert_close(told, shares[prompt.shape[1] - 1 : -1], **CLOSE)
-    mixed = gated_writer.compare("Hello fox", ("factual", "hybrid"), max_new_tokens=4, seed=3, head_mix=0.25)
-    assert {item.diversity_share for item in mixed["hybrid"].evidence} == {0.25}
+    mixed = gated_writer.compare("Hello fox", ("factual", WEIGHED), max_new_tokens=4, seed=3, head_mix=0.25)
+    assert {item.diversity_share for item in mixed["weighed"].evidence} == {0.25}
 
 
 def test_a_gate_is_saved_with_the_model(gated: DuetMoeForCausalLM, tmp_path: Path) -> None:
-    gated.generation_config.modes = modes_as_dict(BUILT_IN_MODES)
+    gated.generation_config.modes = SAVED
     gated.save_pretrained(tmp_path)
     again = DuetMoeForCausalLM.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["hybrid_gate"] is True
@@ -242,7 +244,7 @@ def test_a_gate_is_saved_with_the_model(gated: DuetMoeForCausalLM, tmp_path: Pat
     ids = tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(again(ids, gated=True).logits, gated(ids, gated=True).logits)
-    assert again.resolved("hybrid").gated and not tiny_model().resolved("hybrid").gated
+    assert again.resolved("weighed").gated and not tiny_model().resolved(WEIGHED).gated
 
 
 def test_a_new_gate_is_one_half_everywhere() -> None:
@@ -304,20 +306,22 @@ def test_quantisers_leave_the_gate_alone(tmp_path: Path) -> None:
 
 
 def test_the_gate_is_not_exported_but_the_mix_is_named(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "gated", hybrid_gate=True)
-    with pytest.raises(ValueError, match=r"'hybrid'.*gate.*mode=0.5"):
-        export_mixtral(folder, tmp_path / "out", "hybrid", show=False)
+    gated = gated_model()
+    gated.generation_config.modes = SAVED
+    gated.save_pretrained(tmp_path / "gated")
+    with pytest.raises(ValueError, match=r"'weighed'.*gate.*mode=0.5"):
+        export_mixtral(tmp_path / "gated", tmp_path / "out", "weighed", show=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_where_the_gate_weighs(gated: DuetMoeForCausalLM, model: DuetMoeForCausalLM) -> None:
-    gated.generation_config.modes = model.generation_config.modes = modes_as_dict(BUILT_IN_MODES)
-    assert "| `hybrid` | gate |" in str(model_card(gated, "me/gated"))
-    assert "| `hybrid` | 0.5 |" in str(model_card(model, "me/plain"))
+    gated.generation_config.modes = model.generation_config.modes = SAVED
+    assert "| `weighed` | gate |" in str(model_card(gated, "me/gated"))
+    assert "| `weighed` | 0.5 |" in str(model_card(model, "me/plain"))
 
 
 def test_a_contestant_is_judged_by_the_mix_that_it_writes_with(tmp_path: Path) -> None:
-    duet = contestant(f"{save_tiny(tmp_path / 'gated', hybrid_gate=True)}:hybrid")
+    duet = Duet("weighed", str(save_tiny(tmp_path / "gated", hybrid_gate=True)), WEIGHED)
     model = duet.writer.model
     gated = duet.log_likelihood("Hello", " fox")
     set_gate(model, 200.0)

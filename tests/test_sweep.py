@@ -138,7 +138,7 @@ def test_the_bundled_plan_sweeps_both_heads_and_takes_the_creative_mode_apart() 
     assert all(mode.do_sample and not mode.draw_plan and mode.plausible_min == 0 for mode in one.values())
     assert all(mode.draw_plan for mode in plan.families["creative with a drawn plan"].values())
     assert {mode.head_mix for mode in plan.families["creative from the diversity head alone"].values()} == {1.0}
-    assert [mode.gated for mode in plan.families["hybrid by the geometric mix"].values()] == [False] * 3
+    assert [mode.gated for mode in plan.families["hybrid by the gate"].values()] == [True] * 3
     arms = [len(own) for family, own in plan.families.items() if family != BASELINE]
     assert max(arms) <= len(one) / 2  # no arm has more settings to choose from than one head
 
