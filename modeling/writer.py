@@ -16,6 +16,7 @@ from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
 from duet_moe.modeling.generation_duet_moe import row_seeds
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
+from duet_moe.modeling.prompts import encode_prompts, without_special_tokens
 from duet_moe.modeling.stepping import decoding_steps
 from duet_moe.modeling.task_router import Route
 from duet_moe.modeling.voice_files import voice_folder
@@ -241,7 +242,9 @@ class Writer:
         """
         if self.model.planner is None:
             raise ValueError(f"{self.name} has learnt no plans: leave out plan=, or train its diversity head on them.")
-        ids = self.tokenizer(self._without_special_tokens(theme), add_special_tokens=False, return_tensors="pt")
+        ids = self.tokenizer(
+            without_special_tokens(self.tokenizer, theme), add_special_tokens=False, return_tensors="pt"
+        )
         ids = ids["input_ids"][0].long().to(self.model.device)
         return self.model.planner.of_tokens(ids, self.model.coherence_head.unembed.weight)[None]
 
@@ -342,44 +345,9 @@ class Writer:
         Raises:
             ValueError: on an empty prompt, or where `max_new_tokens` leave no room for one.
         """
-        room = self.model.config.max_position_embeddings - max_new_tokens
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: this model's context has "
-                f"{self.model.config.max_position_embeddings} tokens."
-            )
-        ids: list[list[int]] = []
-        notes: list[tuple[str, ...]] = []
-        for prompt in prompts:
-            said = self._without_special_tokens(prompt or "")
-            if not said.strip():
-                raise ValueError("The prompt is empty: say what to write or ask a question.")
-            encoded = self._chat_ids(said)
-            cut = len(encoded) - room
-            notes.append((f"The prompt was too long: its first {cut} tokens were left out.",) if cut > 0 else ())
-            ids.append(encoded[:1] + encoded[cut + 1 :] if cut > 0 else encoded)  # the turn's own mark stays
-        width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        batch = {
-            "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in ids]),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
-        }
+        context = self.model.config.max_position_embeddings
+        batch, notes = encode_prompts(self.tokenizer, prompts, context, max_new_tokens)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}, notes
-
-    def _without_special_tokens(self, prompt: str) -> str:
-        """Take out what would end the prompt's own turn, also where taking out one such token joins another."""
-        while found := [special for special in self.tokenizer.all_special_tokens if special in prompt]:
-            for special in found:
-                prompt = prompt.replace(special, "")
-        return prompt
-
-    def _chat_ids(self, prompt: str) -> list[int]:
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(prompt)["input_ids"]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
