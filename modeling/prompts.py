@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint; FileNotFoundError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{source!r} has no tokenizer: save the one it was trained with beside it, "
+            f"tokenizer.save_pretrained({source!r})."
+        ) from error
 
 
 def encode_prompts(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from duet_moe.configuration.configuration_duet_moe import DuetMoeConfig
 from duet_moe.configuration.modes import AUTO, Mode, NotInThisVersionError, read_modes, resolve_mode, voiced
@@ -16,7 +16,7 @@ from duet_moe.modeling.checkpoints import locate
 from duet_moe.modeling.evidence import Piece, Text
 from duet_moe.modeling.generation_duet_moe import row_seeds
 from duet_moe.modeling.modeling_duet_moe import DuetMoeForCausalLM
-from duet_moe.modeling.prompts import encode_prompts, without_special_tokens
+from duet_moe.modeling.prompts import encode_prompts, read_tokenizer, without_special_tokens
 from duet_moe.modeling.stepping import decoding_steps
 from duet_moe.modeling.task_router import Route
 from duet_moe.modeling.voice_files import voice_folder
@@ -85,7 +85,7 @@ class Writer:
         source = locate(name)
         try:
             DuetMoeConfig.from_pretrained(source)  # the first to say what is wrong with the checkpoint
-            tokenizer = _tokenizer(source)
+            tokenizer = read_tokenizer(source)
             model = DuetMoeForCausalLM.from_pretrained(source, dtype=dtype)
         except OSError as error:
             if Path(source).is_dir():
@@ -348,16 +348,6 @@ class Writer:
         context = self.model.config.max_position_embeddings
         batch, notes = encode_prompts(self.tokenizer, prompts, context, max_new_tokens)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}, notes
-
-
-def _tokenizer(source: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except ValueError as error:
-        raise FileNotFoundError(
-            f"{source!r} has no tokenizer: save the one it was trained with beside it, "
-            f"tokenizer.save_pretrained({source!r})."
-        ) from error
 
 
 def _drawn(seed: int | None) -> int:
