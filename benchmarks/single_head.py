@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     writer = Writer.load(arguments.model)
+    writer.model.requires_grad_(False)
     facts = next(source for source in read_sources(read_recipe("mini")) if source.holdout == "wording")
     creative = writer.modes["creative"]
     alone = replace(creative, name="alone", head_mix=1.0, plausible_min=0.0)
