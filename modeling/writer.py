@@ -22,6 +22,7 @@ from duet_moe.modeling.task_router import Route
 from duet_moe.modeling.voice_files import voice_folder
 
 BASE = "base"  # what `voice=` calls the model itself
+SPREAD_GUIDANCE = 3.0  # of plans that are spread out: `benchmarks/brainstorm.py`
 
 
 class Writer:
@@ -201,15 +202,18 @@ class Writer:
     ) -> list[Text]:
         """Answer `prompt` `n` times with seeds that count up; arguments and errors as in `write`.
 
-        Where the mode draws plans, they are spread out instead of drawn one by one, so that the ideas lie apart.
+        A model that has learnt plans gives every idea one of its own, spread out so that the ideas lie apart, in modes
+        that sample from the diversity head; `plan=""` does without. Guidance is 3 where none is named.
         """
         if n < 1:
             raise ValueError(f"n={n}: ask for at least one idea.")
         seed = _drawn(seed)
         chosen = self._choose([mode], [prompt]) * n
-        draws = chosen[0][0].draw_plan and self.model.planner is not None and self._voice(voice) is None
-        if draws and "plan" not in generate_kwargs:
+        taken = chosen[0][0]
+        free = taken.do_sample and taken.head_mix > 0 and self._voice(voice) is None
+        if free and self.model.planner is not None and "plan" not in generate_kwargs:
             generate_kwargs["plan"] = self.model.planner.spread(n, seed)
+            generate_kwargs.setdefault("plan_guidance", taken.plan_guidance or SPREAD_GUIDANCE)
         seeds = row_seeds(seed, n)
         *_, final = self._run([prompt] * n, chosen, seeds, max_new_tokens, evidence, voice, generate_kwargs)
         return final

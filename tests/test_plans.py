@@ -157,6 +157,18 @@ def test_ideas_are_spread_out_unless_a_plan_is_given(writer: Writer, monkeypatch
     assert len(asked) == 1
 
 
+def test_ideas_of_a_mode_without_plans_are_guided_strongly_and_can_do_without(writer: Writer) -> None:
+    plain = replace(CREATIVE, draw_plan=False, plan_guidance=0.0)
+    prompts, own = ["Hello fox"] * 3, dict(max_new_tokens=8, seed=5)
+    ideas = [idea.text for idea in writer.brainstorm("Hello fox", 3, plain, **own)]
+    plans = writer.model.planner.spread(3, 5)
+    guided = writer.write_batch(prompts, plain, plan=plans, plan_guidance=3.0, **own)
+    alone = writer.write_batch(prompts, plain, **own)
+    assert ideas == [text.text for text in guided] != [text.text for text in alone]
+    without = writer.brainstorm("Hello fox", 3, plain, plan="", **own)
+    assert [text.text for text in without] == [text.text for text in alone]
+
+
 def test_a_voice_never_draws_plans_which_it_has_not_learnt(
     writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
