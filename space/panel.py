@@ -29,7 +29,7 @@ DIFFER_FROM = 2  # the first level that the status line counts as a difference
 
 ABOUT_MODE = {
     "factual": "The likeliest words, from the coherence head",
-    "creative": "Bolder words, from the diversity head",
+    "creative": "Bolder words, mostly from the diversity head",
     "hybrid": "Both heads, half and half",
     "auto": "The mode that the prompt asks for",
 }
