@@ -7,6 +7,7 @@ import numpy as np
 from duet_moe.finetune.router_prompts import Prompt
 
 BINS = 10
+SMALLEST = 1e-30
 
 
 def report(prompts: Sequence[Prompt], probabilities: np.ndarray, thresholds: tuple[float, float]) -> dict:
@@ -80,7 +81,8 @@ def choose_thresholds(
         for sort in sorts
         if (sort & creative).any()
     ]
-    creative_from = float(np.nextafter(np.float32(max(upper)), np.float32(np.inf)))  # what equals it stays out
+    highest = float(max(upper))  # what equals it stays out; next to 0 lie numbers that some processors flush to it
+    creative_from = max(float(np.nextafter(np.float32(highest), np.float32(np.inf))), highest + SMALLEST)
     return min(float(min(lower)), creative_from), creative_from
 
 

@@ -37,7 +37,8 @@ routes = [[route.mode, route.probability] for route in model.route(expected["ids
 auto = model.generate(expected["ids"], mode="auto", seed=1, max_new_tokens=12)
 print(json.dumps({"same": same, "text": torch.equal(text, expected["text"]), "module": type(model).__module__,
                   "config": type(config).__module__, "auto": torch.equal(auto, expected["auto"]),
-                  "routes": routes == expected["routes"]}))
+                  "routes": all(mode == wanted[0] and abs(probability - wanted[1]) < 1e-5
+                                for (mode, probability), wanted in zip(routes, expected["routes"], strict=True))}))
 """
 
 
