@@ -1,4 +1,4 @@
-"""Give a checkpoint the gate of hybrid mode, which weighs the heads token by token.
+"""Give a checkpoint a gate, which weighs the heads token by token in modes with `gated`.
 
     python -m duet_moe.finetune.gate --checkpoint duet-mini --data data --out runs/gated
 
@@ -13,12 +13,11 @@ import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from duet_moe.configuration.modes import modes_as_dict, read_modes
 from duet_moe.finetune.corpus import Document, Source, is_held_out, load_corpus, read_sources
 from duet_moe.finetune.gate_training import GateReport, GateSettings, Split, train_gate
 from duet_moe.finetune.publish import publish, refuse_existing
@@ -70,7 +69,7 @@ def gate_checkpoint(
     settings: GateSettings | None = None,
     show: bool = True,
 ) -> GateReport:
-    """Write the model `source` with a trained gate, which its hybrid mode then uses, to the new folder `out`.
+    """Write the model `source` with a trained gate to the new folder `out`; its modes stay as they are.
 
     Args:
         source: name of a bundled model, folder or Hub id; all else of it stays, in its dtype.
@@ -84,15 +83,13 @@ def gate_checkpoint(
     tokenizer = load_tokenizer(source)
     model = DuetMoeForCausalLM.from_pretrained(source, dtype=torch.float32)
     report = train_gate(model, documents, tokenizer, cache, settings, show)
-    modes = read_modes(getattr(model.generation_config, "modes", None))
-    model.generation_config.modes = modes_as_dict(modes | {"hybrid": replace(modes["hybrid"], gated=True)})
     publish(model, tokenizer, source, out)
     return report
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m duet_moe.finetune.gate", description="Train the gate of hybrid mode; only the gate changes."
+        prog="python -m duet_moe.finetune.gate", description="Train a gate; only the gate changes."
     )
     parser.add_argument("--checkpoint", required=True, help="name of a bundled model, folder or Hub id")
     parser.add_argument("--data", required=True, help="folder that the recipe's paths start from")

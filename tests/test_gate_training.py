@@ -193,7 +193,7 @@ def test_documents_are_held_out_ones_by_the_head_of_their_source(recipe: Path) -
     assert found == documents_of(sources, recipe.parent, count=12)
 
 
-def test_the_command_writes_a_whole_model_whose_hybrid_mode_has_the_gate(
+def test_the_command_writes_a_whole_model_and_leaves_its_modes_alone(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder, out = tmp_path / "base", tmp_path / "new" / "gated"
@@ -211,7 +211,7 @@ def test_the_command_writes_a_whole_model_whose_hybrid_mode_has_the_gate(
     assert after.dtype == before.dtype == torch.bfloat16
     assert all(torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items())
     writer = Writer.load(out)
-    assert writer.modes["hybrid"].gated and writer.modes["mine"] == GREEDY
+    assert not writer.modes["hybrid"].gated and writer.modes["mine"] == GREEDY
     shares = {item.diversity_share for item in writer.write("Hello fox", "hybrid", 8, seed=1).evidence}
     assert len(shares) > 1
     assert main([*command, "--json"]) == 1
