@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,6 @@ def test_the_command_writes_a_whole_model_and_leaves_its_modes_alone(
     save_tiny(folder)
     saved = DuetMoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     saved.generation_config.modes = modes_as_dict(BUILT_IN_MODES | {"mine": GREEDY})
-    saved.generation_config.modes["hybrid"]["gated"] = False
     saved.save_pretrained(folder)
     command = ["--checkpoint", str(folder), "--data", str(recipe.parent), "--recipe", str(recipe), "--out", str(out)]
     assert main([*command, "--cache", str(tmp_path / "states"), "--json"]) == 0
@@ -212,7 +212,8 @@ def test_the_command_writes_a_whole_model_and_leaves_its_modes_alone(
     assert all(torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items())
     writer = Writer.load(out)
     assert not writer.modes["hybrid"].gated and writer.modes["mine"] == GREEDY
-    shares = {item.diversity_share for item in writer.write("Hello fox", "hybrid", 8, seed=1).evidence}
+    weighed = replace(writer.modes["hybrid"], gated=True)
+    shares = {item.diversity_share for item in writer.write("Hello fox", weighed, 8, seed=1).evidence}
     assert len(shares) > 1
     assert main([*command, "--json"]) == 1
     assert "exists; name a new folder" in capsys.readouterr().err
